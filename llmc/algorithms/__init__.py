@@ -1,0 +1,23 @@
+"""Methods: each a short file over statistics and a view of one subset."""
+
+from .base import Algorithm, ClipRatios, InspectCalls, LayerNote, Needs, Options, Statistics, SubsetView, new_statistics
+from .recipe import Ignored, Recipe, Step, make_recipe
+from .registry import ALGORITHMS, options_types
+
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "ClipRatios",
+    "Ignored",
+    "InspectCalls",
+    "LayerNote",
+    "Needs",
+    "Options",
+    "Recipe",
+    "Statistics",
+    "Step",
+    "SubsetView",
+    "make_recipe",
+    "new_statistics",
+    "options_types",
+]

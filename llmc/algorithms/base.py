@@ -1,0 +1,173 @@
+"""What an algorithm is, and all that it may touch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ..models import Heads, ScaleRule, Subset, scale_rule
+from ..quant import QuantSpec, QWeight
+from .stats import AbsMean, Gram
+
+
+class Options(BaseModel):
+    """Base of the options of a method: the keys of ``quant.special`` in a YAML file. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of the engine.
+
+    Attributes:
+        data: statistics of calibration tokens.
+        sequential: a subset's statistics must come from inputs that the already compressed subsets produced.
+        compressed_stream: calibrate on the compressed model's activations (``quant_out``) rather than the original's.
+    """
+
+    data: bool
+    sequential: bool = False
+    compressed_stream: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was accumulated over the calibration tokens that a subset reads; None where nobody asked."""
+
+    gram: Gram | None = None
+    abs_mean: AbsMean | None = None
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]``."""
+        for statistic in (self.gram, self.abs_mean):
+            if statistic is not None:
+                statistic.update(inputs)
+
+
+@dataclass(frozen=True)
+class ClipRatios:
+    """By how much the min-max range of each row and group shrinks: ``lo`` and ``hi`` are ``[out, groups]`` in (0, 1].
+
+    Ratios survive any later scaling of rows, which bounds wouldn't.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+
+class InspectCalls(Protocol):
+    """The inspected module's calls on the calibration batches, ready to be repeated."""
+
+    def __len__(self) -> int: ...
+
+    def output(self, batch: int) -> Tensor:
+        """Output of batch ``batch`` with the weights that the modules hold now."""
+        ...
+
+
+@dataclass
+class LayerNote:
+    """What the report says of one Linear."""
+
+    error: float = 0.0
+    damp: float | None = None
+    fallback: str | None = None
+
+
+@dataclass
+class SubsetView:
+    """A subset with everything an algorithm may read or do. Weights change only through the methods.
+
+    Attributes:
+        subset: the declaration.
+        linears: all Linears of the subset by their name in the block.
+        specs: the grid of each Linear that is to be quantized; those left alone aren't in it.
+        prev: the module that can absorb a scale, or None.
+        heads: attention geometry.
+        stats: accumulated statistics.
+        calls: the inspected module's calls.
+        clips: ranges that an earlier step found, by Linear; a later step starts from them.
+        quantized: results, by Linear.
+        notes: what the report says, by Linear.
+        scale: the input scale that was chosen for folding into ``prev``.
+    """
+
+    subset: Subset
+    linears: Mapping[str, nn.Linear]
+    specs: Mapping[str, QuantSpec]
+    prev: nn.Module | None
+    heads: Heads
+    stats: Statistics
+    calls: InspectCalls | None
+    clips: dict[str, ClipRatios]
+    quantized: dict[str, QWeight] = field(default_factory=dict)
+    notes: dict[str, LayerNote] = field(default_factory=dict)
+    scale: tuple[Tensor, ScaleRule] | None = None
+
+    @property
+    def columns(self) -> int:
+        """Input channels."""
+        return next(iter(self.linears.values())).weight.shape[1]
+
+    def scale_rule(self, *, allow_gqa: bool) -> ScaleRule | None:
+        """How ``prev`` could absorb a scale of the shared input; None if it can't."""
+        if self.prev is None:
+            return None
+        return scale_rule(self.subset, self.prev, self.columns, self.heads, allow_gqa=allow_gqa)
+
+    def fold_scale(self, scale: Tensor, rule: ScaleRule) -> None:
+        """Ask for ``prev /= scale`` and ``W *= scale``; done when all subsets of the block have been seen."""
+        self.scale = (scale, rule)
+
+    def put(self, name: str, weight: QWeight, note: LayerNote) -> None:
+        """Deliver the quantized weight of a Linear."""
+        self.quantized[name] = weight
+        self.notes[name] = note
+
+    @contextmanager
+    def trial(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the context the named Linears hold these weights ``[out, in]``."""
+        kept = {name: self.linears[name].weight.data for name in weights}
+        try:
+            for name, weight in weights.items():
+                self.linears[name].weight.data = weight.to(kept[name].dtype)
+            yield
+        finally:
+            for name, weight in kept.items():
+                self.linears[name].weight.data = weight
+
+
+class Algorithm:
+    """Base of all methods. A *transform* leaves the float model's output unchanged; a *quantizer* delivers codes.
+
+    A new method is one file with a subclass, listed in ``registry.py``.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["transform", "quantizer"]]
+    options_type: ClassVar[type[Options]]
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    """Names of the fields of ``Statistics`` that it reads."""
+
+    def needs(self, *, quant_out: bool | None) -> Needs:
+        """What to ask of the engine, given ``quant.quant_out`` (None: the method's own habit)."""
+        raise NotImplementedError
+
+    def subset(self, view: SubsetView) -> None:
+        """Called once for each subset of each block, with its statistics ready."""
+        raise NotImplementedError
+
+
+def new_statistics(wanted: Sequence[str] | frozenset[str], columns: int, device: torch.device) -> Statistics:
+    """Empty statistics of the wanted kinds."""
+    return Statistics(
+        gram=Gram(columns, device) if "gram" in wanted else None,
+        abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
+    )

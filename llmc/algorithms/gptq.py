@@ -1,0 +1,218 @@
+"""GPTQ (Frantar et al., 2022): round column by column, and let the columns not yet rounded make up for the error.
+
+The solve is one pure function of a weight and a Gram matrix. Linears that share an input share the Gram matrix, its
+factorization and the column loop: they are solved as one stacked matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..linalg import inverse_cholesky
+from ..quant import PerTensor, QuantSpec, QWeight, quantize_weight
+from ..quant.affine import find_ranges, qparams
+from .base import Algorithm, LayerNote, Needs, Options, SubsetView
+from .rtn import clipped_qparams
+from .stats import relative_error
+
+_TILE = 32  # columns whose mutual updates stay in cache
+
+
+class GPTQOptions(Options):
+    """Options of GPTQ, by LLMC's names."""
+
+    actorder: bool | Literal["group_aware"] = Field(
+        default=True,
+        description="Column order: true visits columns by falling Hessian diagonal; group_aware does so within groups "
+        "and orders whole groups, so that ranges can follow the updated weights and no index is exported.",
+    )
+    static_groups: bool | None = Field(
+        default=None,
+        description="Find all group ranges on the original weights; by default only where actorder: true needs it.",
+    )
+    percdamp: float = Field(default=0.01, ge=0, lt=1, description="Damping, as a share of the Hessian's mean diagonal.")
+    blocksize: int = Field(default=128, ge=1, description="Columns between two updates of the remaining weights.")
+    true_sequential: bool = Field(
+        default=True, description="A subset's Hessian comes from inputs that the block's compressed subsets produced."
+    )
+    chunk_num: int = Field(default=1, ge=1, description="Accepted for compatibility; without effect.")
+    owq: Literal[False] = Field(default=False, description="Outlier columns in full precision; not available.")
+    n_outs: Any = Field(default=None, description="Only with owq; ignored.")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes, scales and zero points (float32, ``[out, in]`` and ``[out, groups]``), and the damping that it took."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    group_index: Tensor | None
+    damp: float
+
+
+class GPTQ(Algorithm):
+    """Weight quantizer by second-order error compensation."""
+
+    name = "GPTQ"
+    kind = "quantizer"
+    options_type: ClassVar[type[Options]] = GPTQOptions
+    statistics = frozenset({"gram"})
+
+    def __init__(self, options: GPTQOptions) -> None:
+        self.options = options
+
+    def needs(self, *, quant_out: bool | None) -> Needs:
+        """As published, the compressed model's activations calibrate it."""
+        compressed = True if quant_out is None else quant_out
+        return Needs(data=True, sequential=self.options.true_sequential, compressed_stream=compressed)
+
+    def subset(self, view: SubsetView) -> None:
+        """Solve the Linears of each grid together; fall back to rounding where no damping makes the Hessian regular."""
+        gram = view.stats.gram
+        if gram is None:
+            raise ValueError("GPTQ needs the Gram matrix of its inputs")
+        grids: dict[QuantSpec, list[str]] = {}
+        for name, spec in view.specs.items():
+            grids.setdefault(spec, []).append(name)
+        for spec, names in grids.items():
+            if isinstance(spec.granularity, PerTensor):
+                for name in names:
+                    self._solve(view, spec, [name], gram.matrix)
+            else:
+                self._solve(view, spec, names, gram.matrix)
+
+    def _solve(self, view: SubsetView, spec: QuantSpec, names: list[str], gram: Tensor) -> None:
+        dead = gram.diagonal() == 0
+        weights = [view.linears[name].weight.detach().float().masked_fill(dead, 0) for name in names]
+        ranges = [clipped_qparams(weight, spec, view.clips.get(name)) for name, weight in zip(names, weights, strict=True)]
+        static = self._static(spec, view.columns) or any(name in view.clips for name in names)
+        fixed = (torch.cat([scale for scale, _ in ranges]), torch.cat([zero for _, zero in ranges])) if static else None
+        solution = solve(torch.cat(weights), gram, spec, self.options, fixed)
+        rows = [len(weight) for weight in weights]
+        for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            if solution is None:
+                quantized = quantize_weight(weight, spec, ranges[index])
+                why = "the Hessian could not be factored at any damping: rounded to nearest"
+                note = LayerNote(relative_error(weight, quantized.dequantize(), None), fallback=why)
+            else:
+                part = slice(sum(rows[:index]), sum(rows[: index + 1]))
+                per_tensor = isinstance(spec.granularity, PerTensor)
+                scale, zero = (t if per_tensor else t[part] for t in (solution.scale, solution.zero))
+                quantized = QWeight.from_float(solution.codes[part], scale, zero, spec, solution.group_index)
+                note = LayerNote(relative_error(weight, quantized.dequantize(), gram), damp=solution.damp)
+            view.put(name, quantized, note)
+
+    def _static(self, spec: QuantSpec, columns: int) -> bool:
+        """Whether ranges are those of the original weights. With a single group they are in any case."""
+        if isinstance(spec.granularity, PerTensor) or spec.group_size(columns) == columns:
+            return True
+        wanted = self.options.static_groups
+        return self.options.actorder is True if wanted is None else wanted
+
+
+def solve(
+    weight: Tensor, gram: Tensor, spec: QuantSpec, options: GPTQOptions, fixed: tuple[Tensor, Tensor] | None
+) -> Solution | None:
+    """Quantize ``weight`` ``[out, in]`` (float32) against the Gram matrix ``[in, in]`` of its inputs.
+
+    Args:
+        weight: float32.
+        gram: float32, symmetric.
+        spec: the grid.
+        options: order, damping, block size.
+        fixed: scale and zero point ``[out, groups]`` decided beforehand (static groups); None: each group's range is
+            taken from the weights as they are, *all* updates included, when the loop reaches the group.
+
+    Returns:
+        The solution in the original column order, or None if the Hessian can't be factored.
+    """
+    columns = weight.shape[1]
+    size = columns if isinstance(spec.granularity, PerTensor) else spec.group_size(columns)
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    order = _column_order(diagonal, options, size)
+    # 1. Damp and factor in the visiting order. A channel that is always 0 has no say.
+    hessian = gram[order][:, order]
+    hessian.diagonal()[dead[order]] = 1.0
+    factor = inverse_cholesky(hessian, options.percdamp)
+    del hessian
+    if factor is None:
+        return None
+    upper, pivots = factor.upper, factor.upper.diagonal().tolist()
+    # 2. Columns become rows: what the loop touches is contiguous.
+    work = weight.T[order].contiguous()
+    codes = torch.empty_like(work)
+    if fixed is None:
+        # A group's range may wait for no update: let every group start where a block starts.
+        block = math.gcd(size, options.blocksize)
+        group_of = (torch.arange(columns) // size).tolist()
+        scales, zeros = (work.new_empty(columns // size, len(weight)) for _ in range(2))
+    else:
+        block = options.blocksize
+        group_of = (order // size).tolist()
+        scales, zeros = (part.T.contiguous() for part in fixed)
+    # 3. Round a column and spread its error over the columns behind it: at once within a tile, tile by tile within a
+    #    block, block by block beyond.
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        if fixed is None and start % size == 0:
+            found = qparams(*find_ranges(work[start : start + size].T, spec), spec)
+            scales[start // size], zeros[start // size] = (part.squeeze(-1) for part in found)
+        errors = work.new_empty(stop - start, len(weight))
+        for tile in range(start, stop, _TILE):
+            tile_stop = min(tile + _TILE, stop)
+            for column in range(tile, tile_stop):
+                scale, zero = scales[group_of[column]], zeros[group_of[column]]
+                code = (work[column] / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
+                codes[column] = code
+                error = code.sub_(zero).mul_(scale).sub_(work[column]).div_(-pivots[column])
+                errors[column - start] = error
+                work[column + 1 : tile_stop].addr_(upper[column, column + 1 : tile_stop], error, alpha=-1)
+            done = errors[tile - start : tile_stop - start]
+            work[tile_stop:stop].addmm_(upper[tile:tile_stop, tile_stop:stop].T, done, alpha=-1)
+        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return _in_original_order(codes, scales, zeros, order, size, options, fixed, factor.damp)
+
+
+def _column_order(diagonal: Tensor, options: GPTQOptions, size: int) -> Tensor:
+    """The order in which columns are visited, ``[in]``."""
+    if options.actorder is False:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    if options.actorder is True:
+        return diagonal.argsort(descending=True, stable=True)
+    by_group = diagonal.reshape(-1, size)
+    inside = by_group.argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(len(by_group), device=diagonal.device)[:, None] * size
+    return (inside + first)[by_group.sum(1).argsort(descending=True, stable=True)].reshape(-1)
+
+
+def _in_original_order(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    order: Tensor,
+    size: int,
+    options: GPTQOptions,
+    fixed: tuple[Tensor, Tensor] | None,
+    damp: float,
+) -> Solution:
+    """Undo the visiting order. Only act-order over ranges found on the way leaves groups that aren't runs of columns."""
+    restored = torch.empty_like(codes)
+    restored[order] = codes
+    if fixed is not None:
+        return Solution(restored.T, *fixed, None, damp)
+    if options.actorder is True:
+        index = torch.empty_like(order)
+        index[order] = torch.arange(len(order), device=order.device) // size
+        return Solution(restored.T, scales.T, zeros.T, index.int(), damp)
+    by_group = order[::size] // size
+    scale, zero = torch.empty_like(scales), torch.empty_like(zeros)
+    scale[by_group], zero[by_group] = scales, zeros
+    return Solution(restored.T, scale.T, zero.T, None, damp)

@@ -1,0 +1,15 @@
+"""The methods by their names in a YAML file."""
+
+from __future__ import annotations
+
+from .awq import Awq
+from .base import Algorithm, Options
+from .gptq import GPTQ
+from .rtn import RTN
+
+ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq)
+
+
+def options_types() -> dict[str, type[Options]]:
+    """Options model of each method, for the configuration to validate ``quant.special`` against."""
+    return {algorithm.name: algorithm.options_type for algorithm in ALGORITHMS}

@@ -1,0 +1,45 @@
+"""Round-to-nearest: no data, no search. Also the last step of every recipe that only prepares the weights."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..quant import QuantSpec, quantize_weight
+from ..quant.affine import find_ranges, qparams, to_groups
+from .base import Algorithm, ClipRatios, LayerNote, Needs, Options, SubsetView
+from .stats import relative_error
+
+
+class RTNOptions(Options):
+    """RTN has no options."""
+
+
+class RTN(Algorithm):
+    """Each weight goes to the nearest grid point of its group's range, shrunk where a clip was handed over."""
+
+    name = "RTN"
+    kind = "quantizer"
+    options_type: ClassVar[type[Options]] = RTNOptions
+
+    def __init__(self, options: RTNOptions) -> None:
+        self.options = options
+
+    def needs(self, *, quant_out: bool | None) -> Needs:
+        """No data; with ``quant_out`` the engine has nothing to calibrate either."""
+        return Needs(data=False)
+
+    def subset(self, view: SubsetView) -> None:
+        """Round every Linear that has a grid."""
+        for name, spec in view.specs.items():
+            weight = view.linears[name].weight.detach()
+            quantized = quantize_weight(weight, spec, clipped_qparams(weight, spec, view.clips.get(name)))
+            view.put(name, quantized, LayerNote(relative_error(weight, quantized.dequantize(), None)))
+
+
+def clipped_qparams(weight: Tensor, spec: QuantSpec, clip: ClipRatios | None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point ``[out, groups]`` of a weight's range, shrunk by a clip if there is one."""
+    lo, hi = find_ranges(to_groups(weight, spec), spec)
+    lo, hi = lo.squeeze(-1), hi.squeeze(-1)
+    return qparams(lo, hi, spec) if clip is None else qparams(lo * clip.lo, hi * clip.hi, spec)

@@ -1,0 +1,68 @@
+"""Statistics that are accumulated over the calibration tokens, batch by batch; the tokens themselves aren't kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PANEL = 256  # columns of a Gram panel: wide enough for a full-speed product, narrow enough to skip half of the square
+
+
+class Gram:
+    """``XᵀX`` ``[in, in]`` in float32 (no factor 2/n: what needs one is indifferent to it), summed over tokens.
+
+    Only panels on and above the diagonal are multiplied, about 60% of the square; ``matrix`` mirrors them.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
+        self._mirrored = True
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]`` of any float dtype; products are taken in float32."""
+        tokens = inputs.reshape(-1, inputs.shape[-1]).float()
+        for start in range(0, tokens.shape[1], _PANEL):
+            panel = tokens[:, start : start + _PANEL]
+            self._sum[start : start + _PANEL, start:].addmm_(panel.T, tokens[:, start:])
+        self._mirrored = False
+        self.tokens += len(tokens)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The symmetric sum ``[in, in]``. Not a copy."""
+        if not self._mirrored:
+            for start in range(0, len(self._sum), _PANEL):
+                stop = start + _PANEL
+                self._sum[stop:, start:stop] = self._sum[start:stop, stop:].T
+                corner = self._sum[start:stop, start:stop]
+                corner.copy_(corner.triu() + corner.triu(1).T)
+            self._mirrored = True
+        return self._sum
+
+
+class AbsMean:
+    """Mean of ``|x|`` for each input channel, ``[in]`` in float32."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]``."""
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        self._sum += tokens.abs().sum(0, dtype=torch.float32)
+        self.tokens += len(tokens)
+
+    @property
+    def mean(self) -> Tensor:
+        """``[in]``; zeros before the first token."""
+        return self._sum / max(self.tokens, 1)
+
+
+def relative_error(original: Tensor, changed: Tensor, gram: Tensor | None) -> float:
+    """``|(W - W')X|² / |WX|²`` from the Gram matrix of the inputs; without one, the same of the weights alone."""
+    delta, reference = changed.float() - original.float(), original.float()
+    if gram is None:
+        return float(delta.square().sum() / reference.square().sum().clamp(min=1e-30))
+    return float(((delta @ gram) * delta).sum() / ((reference @ gram) * reference).sum().clamp(min=1e-30))

@@ -1,0 +1,72 @@
+"""The command line: arguments to configuration to run. No logic of its own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+from .errors import LlmcError
+
+_DESCRIPTION = """\
+Make a large language model small without making it worse: calibrate, compress,
+evaluate and export it in one pass, one block at a time."""
+
+_EXAMPLES = """\
+examples:
+  python -m llmc --config configs/awq/awq_w4a16.yml --dry-run
+      show what would be done to every layer, and what it would need
+  python -m llmc --config configs/awq/awq_w4a16.yml --set model.path=./my-model --set save.save_path=./out
+      run it on another model; keys are those of the YAML file
+  python -m llmc --config run.yml
+      run it; after a crash or a kill the same command goes on where it was
+
+An error in the configuration or the input ends with code 2 and one message that says what to do."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    made = argparse.ArgumentParser(
+        "python -m llmc", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--config", required=True, metavar="FILE", help="YAML file with the sections model, calib, eval, quant, save")
+    made.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a value, such as quant.weight.bit=3; may be repeated")
+    made.add_argument("--task_id", metavar="NAME", help="name of the run, shown in its summary")
+    made.add_argument("--dry-run", action="store_true", help="check everything and show the plan, without reading a weight or writing anything")
+    made.add_argument("--version", action="version", version=f"llmc {__version__}")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit code."""
+    given = parser().parse_args(arguments)
+    try:
+        return _main(given)
+    except LlmcError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _main(given: Any) -> int:
+    from .algorithms import options_types
+    from .config import load_config
+    from .report.console import Console
+    from .run import prepare, run
+
+    loaded = load_config(given.config, given.overrides, options_types())
+    console = Console(given.task_id)
+    console.warn(loaded.warnings)
+    prepared = prepare(loaded)
+    console.warn(prepared.warnings)
+    if given.dry_run:
+        console.plan(prepared.layers, prepared.estimate, prepared.exporters)
+        return 0
+    with console.progress() as listener:
+        result = run(prepared, listener)
+    console.summary(result)
+    return 0

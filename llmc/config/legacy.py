@@ -1,0 +1,377 @@
+"""What the YAML files of LLMC hold besides the plain schema: its names, its looser forms, its old spellings.
+
+`modernise` rewrites a document to the one spelling that the schema knows. Everything it changes or drops is noted for
+the user, everything that lies outside this project is a problem, and nothing else is touched: what it doesn't
+recognise is left for the schema to refuse.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator
+
+from llmc.config.suggest import Document, KeyPath, did_you_mean, nearest, show
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+FLOAT_BITS = ("e4m3", "e5m2", "e3m2", "e4m7", "e2m1")
+FOUR_IN_EIGHT = 48  # the number by which LLMC calls 4-bit weights whose group scales are 8-bit integers
+MODEL_TYPES = _words(
+    "auto Bloom ChatGLM DeepseekV2 DeepseekV3 Falcon Gemma2 GLM4V InternLM2 InternOmni InternVL2 Llama Llava LlavaHf "
+    "Llava_OneVision MiniCPM MiniCPMV Mistral Mixtral Mllama Opt Phi Phi3 Qwen Qwen2 Qwen2Audio Qwen2Moe Qwen2VL "
+    "SmolLM StableLm Starcoder VideoLLaVA Vila Vit"
+)
+TEXT_EVALS = ("wikitext2", "c4", "ptb", "text", "custom_ppl", "custom_gen")
+METHODS = _words(
+    "RTN SmoothQuant OsPlus Awq GPTQ OmniQuant Quarot HQQ AdaDim DGQ NormTweaking LlmInt8 QUIK SpQR TesseraQ "
+    "Magnitude Wanda ShortGPT Dense TokenReduction"
+)
+# LLMC keeps the options of all methods in one namespace and reads of it what the method at hand knows.
+SPECIAL_KEYS = _words(
+    "true_sequential weight_clip clip_version clip_sym save_clip clip_path load_clip search_clip_init save_scale "
+    "scale_path search_scale_init online_rotate fp32_had rotate_mode do_gqa_trans trans trans_version awq_bs save_mem "
+    "alpha actorder static_groups percdamp blocksize chunk_num owq n_outs aug_loss let lwc lwc_lr let_lr use_shift "
+    "deactive_amp epochs wd smooth_up_down ntweak_lr gamma lp_norm beta kappa iters axis threshold fp_relative "
+    "fp_features fp_threshold last_fc_bit relative_threshold simplified_outliers scale zero lr iterations batch_size "
+    "optimize_scale scale_lr thresholds load_transform reduce_memory"
+)
+
+
+# -- looser forms of values, for the validators of the schema ----------------------------------------------------------
+def listed(value: object) -> object:
+    """A lone value stands for a list of one, an empty one for the empty list."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def or_empty(value: object) -> object:
+    """A section written without any key is a section of defaults."""
+    return {} if value is None else value
+
+
+def dtype(value: object) -> object:
+    """`torch.float16` is `float16`."""
+    return value.removeprefix("torch.") if isinstance(value, str) else value
+
+
+def device(value: str) -> str:
+    """auto, cpu, cuda or cuda:N."""
+    number = value.removeprefix("cuda:")
+    if value in ("auto", "cpu", "cuda") or (number != value and number.isdecimal()):
+        return value
+    raise ValueError(f"{value!r} is not one of auto, cpu, cuda, cuda:N{did_you_mean(value, ('auto', 'cpu', 'cuda'))}")
+
+
+def model_family(value: str) -> str:
+    """One of LLMC's names, or auto."""
+    if value in MODEL_TYPES:
+        return value
+    hint = did_you_mean(value, MODEL_TYPES)
+    raise ValueError(f"{value!r} is not a known model family{hint}; auto finds it from the checkpoint")
+
+
+def number_range(value: object) -> tuple[float, float]:
+    """`[low, high]`, in that order."""
+    pair = value if isinstance(value, list | tuple) else ()
+    if len(pair) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float) for end in pair):
+        raise ValueError(f"{show(value)} is not a pair of numbers [low, high]")
+    if not pair[0] < pair[1]:
+        raise ValueError(f"in {show(value)} the first number is not below the second")
+    return (pair[0], pair[1])
+
+
+def bit_width(value: object) -> int | str:
+    """A number of bits, or the name of a float format."""
+    if isinstance(value, str) and value in FLOAT_BITS:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 2 <= value <= 16 or value == FOUR_IN_EIGHT:
+            return value
+        raise ValueError(f"{value} is not in 2..16")
+    wanted = f"neither a whole number in 2..16 nor one of {', '.join(FLOAT_BITS)}"
+    raise ValueError(f"{show(value)} is {wanted}{did_you_mean(value, FLOAT_BITS)}")
+
+
+def block_ids(value: object) -> tuple[int, ...]:
+    """Block numbers and ranges such as "0-3" as one sorted tuple."""
+    found: set[int] = set()
+    for item in value if isinstance(value, list | tuple) else [] if value is None else [value]:
+        low, dash, high = item.partition("-") if isinstance(item, str) else (str(item), "", "")
+        if isinstance(item, bool) or not low.isdecimal() or (dash and not high.isdecimal()):
+            raise ValueError(f"{show(item)} is neither a block number nor a range such as 0-3")
+        if dash and int(high) < int(low):
+            raise ValueError(f"the range {show(item)} runs backwards")
+        found.update(range(int(low), int(high or low) + 1))
+    return tuple(sorted(found))
+
+
+def complete_tensor(data: object) -> object:
+    """Fill in what a weight, act or kvcache section leaves to be understood."""
+    if not isinstance(data, Mapping):
+        return data
+    inner = data.get("bit4") or data.get("w_1")
+    if isinstance(inner, Mapping):  # two-level forms: the first level describes the tensor itself
+        shared = ("bit", "symmetric", "granularity", "group_size")
+        data = {**{key: inner[key] for key in shared if key in inner}, **data}
+    if data.get("bit") == 16:  # switched off, so nothing else need be said
+        data = {"symmetric": True, "granularity": "per_tensor", **data}
+    if isinstance(data.get("bit"), str):
+        data = {"quant_type": "float-quant", **data}
+    if isinstance(data.get("quant_type"), str):
+        data = {**data, "quant_type": data["quant_type"].replace("_", "-")}
+    if data.get("static") is True and data.get("calib_algo") in (None, "minmax"):
+        data = {**data, "calib_algo": "static_minmax"}
+    return data
+
+
+def evals(value: object) -> tuple[object, ...]:
+    """`eval` in any of its forms as a tuple of single evaluations."""
+    return tuple(section for _, section in split_evals(value))
+
+
+def split_evals(value: object) -> list[tuple[int | None, object]]:
+    """One evaluation for each text: a section may name several, its path is then the folder that holds them.
+
+    Returns the evaluations, each with the index of the section it comes from (None if there was no list).
+    """
+    sections: list[tuple[int | None, object]] = [] if value is None else [(None, value)]
+    if isinstance(value, list | tuple):
+        sections = list(enumerate(value))
+    result: list[tuple[int | None, object]] = []
+    for index, section in sections:
+        names = section.get("name") if isinstance(section, Mapping) else None
+        if not isinstance(section, Mapping) or not isinstance(names, list | tuple) or not names:
+            result.append((index, section))
+            continue
+        path = section.get("path")
+        for name in names:
+            if len(names) > 1 and isinstance(path, str) and isinstance(name, str):
+                result.append((index, {**section, "name": name, "path": os.path.join(path, name)}))
+            else:
+                result.append((index, {**section, "name": name}))
+    return result
+
+
+Item = TypeVar("Item")
+OrDefault = Annotated[Item, BeforeValidator(or_empty)]
+Options = Annotated[dict[str, Any], BeforeValidator(or_empty)]
+Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
+Range = Annotated[tuple[float, float], BeforeValidator(number_range)]
+Bit = Annotated[int | str, BeforeValidator(bit_width)]
+BlockIds = Annotated[tuple[int, ...], BeforeValidator(block_ids)]
+GroupSize = Annotated[int | None, BeforeValidator(lambda size: None if size == -1 else size)]
+DType = Annotated[Literal["auto", "float16", "bfloat16", "float32", "float8_e4m3fn"], BeforeValidator(dtype)]
+Device = Annotated[str, AfterValidator(device)]
+Family = Annotated[str, AfterValidator(model_family)]
+CalibName = Literal["wikitext2", "c4", "pileval", "ptb", "ultrachat", "text", "custom_txt", "custom_mm"]
+Preproc = Literal[
+    "wikitext2_gptq", "ptb_gptq", "c4_gptq", "pileval_awq", "pileval_smooth", "pileval_omni", "txt_general_preproc",
+    "random_truncate_txt", "ultrachat_general", "img_general", "original_txt", "sequential",
+]  # fmt: skip
+EvalPosition = Literal["pretrain", "transformed", "fake_quant", "fake_quant_wo_kv"]
+EvalPositions = Annotated[tuple[EvalPosition, ...], BeforeValidator(listed)]
+EvalType = Literal["ppl", "acc", "vqa", "code", "generate_only", "token_acc", "decode_ppl"]
+WeightGrain = Literal["per_tensor", "per_channel", "per_group", "per_head", "per_block"]
+StreamGrain = Literal["per_tensor", "per_token", "per_group", "per_head"]
+StreamAlgo = Literal["minmax", "static_minmax", "static_hist", "static_moving_minmax"]
+ScaleDType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+# -- old spellings of keys ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class OldKey:
+    """A key of older files: where it stands ("*" for any one key), its new name or None to drop it, and what to say."""
+
+    path: str
+    becomes: str | None
+    note: str
+
+
+_TYPO = "an old spelling, read as {new!r}"
+_NEVER_READ = "ignored; LLMC doesn't read it either"
+OLD_KEYS = (
+    OldKey("quant.speical", "special", _TYPO),
+    OldKey("quant.kvcache.speical", "special", _TYPO),
+    OldKey("sparse.speical", "special", _TYPO),
+    OldKey("ignored_layers.speical_names", "special_names", _TYPO),
+    OldKey("quant.special.version", "trans_version", _TYPO),
+    *(
+        OldKey(f"{section}.{key}", None, _NEVER_READ)
+        for section in ("quant", "quant.weight", "quant.act", "quant.kvcache", "quant.*.*.weight", "quant.*.*.act")
+        for key in ("qmax_to_tensor", "pack_mode")
+    ),
+    OldKey("quant.need_pack", None, "ignored; every exporter knows how it packs"),
+    OldKey("quant.act.need_pack", None, "ignored; every exporter knows how it packs"),
+    OldKey("quant.quant_objects", None, "ignored; only the language model is compressed"),
+    OldKey("save.save_fp", None, "ignored; nothing is saved for it (save_trans saves the transformed model)"),
+    OldKey("save.save_quant", None, "ignored; nothing is saved for it (save_fake saves the fake-quantized model)"),
+    OldKey("opencompass.max_num_workers", None, _NEVER_READ),
+    OldKey("calib.load_from_txt", None, "ignored; a path that ends in .txt is recognised by itself"),
+    OldKey("model.use_cpu_to_save_cuda_mem_for_catcher", None, "ignored; blocks are loaded one at a time anyway"),
+)
+
+_OUT_OF_SCOPE = {
+    "video_gen": "video generation",
+    "quant.vision": "compressing the vision part",
+    "sparse.vision": "compressing the vision part",
+    "quant.video_gen": "video generation",
+    "calib.video": "video generation",
+    "model.lora_path": "merging LoRA weights of video models",
+    "save.save_lightx2v": "the LightX2V export of video models",
+}
+_FOREIGN_NAMES = {
+    "t2v": "video generation",
+    "i2v": "video generation",
+    "images": "compressing image models",
+    "imagenet": "compressing image models",
+    "img": "compressing image models",
+    "video_gen": "video generation",
+    "WanI2V": "video generation",
+    "WanT2V": "video generation",
+}
+
+
+def modernise(document: Document) -> None:
+    """Bring the document to the spelling and the form of the schema, in place."""
+    _refuse_foreign(document)
+    for section in ("quant", "sparse"):
+        _flatten_language(document, section)
+    for old in OLD_KEYS:
+        for parent, path in _matches(document.data, old.path):
+            _respell(document, parent, path, old)
+    _repair_need_pack(document)
+    _spread_quant_type(document)
+    _name_calibration(document)
+    _split_evaluations(document)
+
+
+def _matches(data: object, pattern: str) -> Iterator[tuple[dict[str | int, Any], KeyPath]]:
+    """Every mapping that holds the last key of the pattern, with the full path to that key."""
+    found: list[tuple[object, KeyPath]] = [(data, ())]
+    *sections, key = pattern.split(".")
+    for part in sections:
+        found = [
+            (below, (*path, name))
+            for parent, path in found
+            if isinstance(parent, dict)
+            for name, below in parent.items()
+            if part in ("*", name)
+        ]
+    for parent, path in found:
+        if isinstance(parent, dict) and key in parent:
+            yield parent, (*path, key)
+
+
+def _respell(document: Document, parent: dict[str | int, Any], path: KeyPath, old: OldKey) -> None:
+    if old.becomes is not None and old.becomes in parent:
+        document.problem(path, f"an old spelling of {old.becomes!r}, which is there too; keep one of them")
+        return
+    document.note(path, old.note.format(new=old.becomes))
+    value = parent.pop(path[-1])
+    if old.becomes is not None:
+        parent[old.becomes] = value
+        document.move((*path[:-1], old.becomes), path)
+
+
+def _refuse_foreign(document: Document) -> None:
+    """What is about images and video is a problem of its own, so that it isn't reported as a spelling mistake."""
+    for pattern, matter in _OUT_OF_SCOPE.items():
+        for parent, path in _matches(document.data, pattern):
+            if parent.pop(path[-1]) not in (None, False):
+                document.problem(path, f"{matter} is out of scope of this toolkit", final=True)
+    for pattern in ("model.type", "calib.name", "calib.type", "eval.type", "eval.name", "eval.*.type", "eval.*.name"):
+        for parent, path in _matches(_eval_as_mapping(document.data), pattern):
+            value = parent[path[-1]]
+            for name in value if isinstance(value, list) else [value]:
+                if isinstance(name, str) and name in _FOREIGN_NAMES:
+                    text = f"{name!r}: {_FOREIGN_NAMES[name]} is out of scope of this toolkit"
+                    document.problem(path, text, final=True)
+
+
+def _eval_as_mapping(data: dict[str, Any]) -> dict[str, Any]:
+    sections = data.get("eval")
+    return {**data, "eval": dict(enumerate(sections))} if isinstance(sections, list) else data
+
+
+def _flatten_language(document: Document, section: str) -> None:
+    inner = document.data.get(section)
+    if not isinstance(inner, dict) or not isinstance(inner.get("language"), dict):
+        return
+    for key in inner:
+        if key != "language":
+            document.problem((section, key), f"stands beside {section}.language; put it into that section")
+    document.data[section] = inner["language"]
+    document.move((section,), (section, "language"))
+
+
+def _repair_need_pack(document: Document) -> None:
+    """`need_pack` has no effect here, so that even its misspellings may pass."""
+    for weight, path in _matches(document.data, "quant.weight"):
+        section = weight["weight"]
+        for key in list(section) if isinstance(section, dict) else []:
+            if key not in ("need_pack", "pack_version") and "pack" in key and nearest(key, ["need_pack"]):
+                del section[key]
+                document.note((*path, key), "taken as need_pack, which every exporter decides by itself")
+
+
+def _spread_quant_type(document: Document) -> None:
+    for quant, path in _matches(document.data, "quant.quant_type"):
+        kind = quant.pop("quant_type")
+        document.note(path, "an old place, read as the quant_type of weight and act")
+        for name in ("weight", "act"):
+            section = quant.get(name)
+            if isinstance(section, dict) and "quant_type" not in section and section.get("bit") != 16:
+                section["quant_type"] = kind
+                document.move(("quant", name, "quant_type"), path)
+
+
+def _name_calibration(document: Document) -> None:
+    calib = document.data.get("calib")
+    if not isinstance(calib, dict):
+        return
+    if calib.get("type") in ("img", "txt"):
+        kind = calib.pop("type")
+        if kind == "txt":
+            document.note(("calib", "type"), "ignored; calibration data is text")
+    if calib.get("name") in ("custom", "custom_txt"):
+        is_lines = isinstance(calib.get("path"), str) and calib["path"].endswith(".txt")
+        name = "text" if is_lines else "custom_txt"
+        if calib["name"] != name:
+            text = "a .txt file, one text per line" if is_lines else "an old name"
+            document.note(("calib", "name"), f"{calib['name']!r} is read as {name!r}: {text}")
+            calib["name"] = name
+    if calib.get("preproc") == "general":
+        document.note(("calib", "preproc"), "'general' is an old name, read as 'txt_general_preproc'")
+        calib["preproc"] = "txt_general_preproc"
+
+
+def _split_evaluations(document: Document) -> None:
+    """Make `eval` a list with one text each; comparing the tokens of both models becomes an evaluation of its own."""
+    result: list[object] = []
+    for index, section in split_evals(document.data.get("eval")):
+        origin: KeyPath = ("eval",) if index is None else ("eval", index)
+        added = [section]
+        if isinstance(section, dict):
+            if section.get("name") == "custom":
+                name = "custom_gen" if section.get("type") == "generate_only" else "custom_ppl"
+                document.note((*origin, "name"), f"'custom' is an old name, read as {name!r}")
+                section = added[0] = {**section, "name": name}
+            if isinstance(section.get("eval_token_consist"), bool):
+                wanted = section["eval_token_consist"]
+                section = added[0] = {key: value for key, value in section.items() if key != "eval_token_consist"}
+                if wanted:
+                    document.note((*origin, "eval_token_consist"), "read as one more evaluation, of type 'token_acc'")
+                    added.append({**section, "type": "token_acc"})
+        for entry in added:
+            document.moved["eval", len(result)] = origin
+            result.append(entry)
+    if "eval" in document.data:
+        document.data["eval"] = result

@@ -1,0 +1,113 @@
+"""What an exporter is: pure functions between a unit's record and the tensors that a backend loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..quant import QuantSpec, UnitRecord
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp"}
+_OURS = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A Linear of the model as the exporter's checks see it, before a weight is read.
+
+    Attributes:
+        name: the checkpoint's name of the module.
+        rows: output channels.
+        columns: input channels.
+        spec: its grid; None if it keeps its weights.
+        fused: the checkpoint names of all Linears that a backend fuses with it (q, k, v; gate, up).
+    """
+
+    name: str
+    rows: int
+    columns: int
+    spec: QuantSpec | None
+    fused: tuple[str, ...]
+
+
+class Exporter:
+    """Base of all formats. A new one is one file with a subclass, listed in ``registry.py``.
+
+    Args:
+        spec: the grid of the quantized weights, or None.
+        stored: the dtype of the original checkpoint's weights.
+        compute: the dtype in which the model was evaluated.
+    """
+
+    name: ClassVar[str]
+    folder: ClassVar[str]
+    transformed_only: ClassVar[bool] = False
+    """Whether it stores the transformed model without quantization."""
+
+    def __init__(self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> None:
+        self.spec, self.stored, self.compute = spec, stored, compute
+
+    def check(self, layers: list[Layer]) -> list[str]:
+        """Refuse what the backend can't load, before any weight is read.
+
+        Returns:
+            Warnings: what it loads only under a condition.
+
+        Raises:
+            ExportError: names the layer, the rule, and what could be done.
+        """
+        return []
+
+    def nbytes(self, layer: Layer) -> int:
+        """Bytes that a Linear's weight will take."""
+        raise NotImplementedError
+
+    def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
+        """Stored tensors of a unit, by name."""
+        raise NotImplementedError
+
+    def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
+        """The inverse of ``tensors``: what a resumed run and the check after writing rely on."""
+        raise NotImplementedError
+
+    def independent(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+        """The dense weight ``name`` as somebody else's reader sees it; None where there is no other reader."""
+        return None
+
+    def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
+        """Content of ``config.json``, given the original's."""
+        raise NotImplementedError
+
+    def serve(self, folder: Path) -> str:
+        """The command or code that loads the folder."""
+        raise NotImplementedError
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy everything but weights and ``config.json`` byte for byte: tokenizer, templates, generation settings, code."""
+    copied = []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _OURS:
+            shutil.copyfile(path, target / path.name)
+            copied.append(path.name)
+    return copied
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` as plain values."""
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return content
+
+
+def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The configuration with another weight dtype, under whichever of its two names it has."""
+    name = str(dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return {**{k: v for k, v in config.items() if k != "quantization_config"}, key: name}

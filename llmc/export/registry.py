@@ -1,0 +1,9 @@
+"""The formats by their keys in a YAML file's ``save`` section."""
+
+from __future__ import annotations
+
+from .base import Exporter
+from .dense import FakeQuant, Transformed
+from .vllm import VLLM
+
+EXPORTERS: tuple[type[Exporter], ...] = (VLLM, FakeQuant, Transformed)

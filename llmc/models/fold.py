@@ -1,0 +1,78 @@
+"""Function-preserving changes: a scale moves from the input of a subset into the operation that produced it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Heads, Subset
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """How the input channels of a subset map onto the output channels of its ``prev``.
+
+    Attributes:
+        repeat: query heads for each key-value head where the subset reads the attention's output; 1 elsewhere.
+        head_dim: channels of a head; 0 where ``repeat`` is 1.
+    """
+
+    repeat: int = 1
+    head_dim: int = 0
+
+    def tie(self, scale: Tensor) -> Tensor:
+        """Make a scale ``[in]`` equal for all query heads that read one value head (their geometric mean)."""
+        if self.repeat == 1:
+            return scale
+        by_head = scale.reshape(-1, self.repeat, self.head_dim)
+        return by_head.log().mean(1, keepdim=True).exp().expand_as(by_head).reshape(-1)
+
+    def to_prev(self, scale: Tensor) -> Tensor:
+        """The scale of ``prev``'s output channels: one for each key-value channel."""
+        if self.repeat == 1:
+            return scale
+        return scale.reshape(-1, self.repeat, self.head_dim)[:, 0].reshape(-1)
+
+
+def scale_rule(subset: Subset, prev: nn.Module, columns: int, heads: Heads, *, allow_gqa: bool) -> ScaleRule | None:
+    """How ``prev`` absorbs a scale of the subset's ``columns`` input channels; None if it can't."""
+    outputs = prev.weight.shape[0] if isinstance(prev.weight, Tensor) else 0
+    if outputs == columns:
+        return ScaleRule()
+    grouped = heads.query // heads.kv
+    if subset.reads == "heads" and allow_gqa and outputs * grouped == columns and outputs == heads.kv * heads.dim:
+        return ScaleRule(grouped, heads.dim)
+    return None
+
+
+def fold_scale(prev: nn.Module, linears: list[nn.Linear], scale: Tensor, rule: ScaleRule, stored: torch.dtype) -> None:
+    """Divide ``prev``'s output channels by ``scale`` ``[in]`` and multiply the Linears' input channels by it, in place.
+
+    ``prev`` will be stored in the checkpoint's dtype ``stored``. A norm is therefore rounded to it first, and the
+    Linears are multiplied by the ratio that this rounding really left: the product is preserved exactly, where the
+    naive fold would leave an error of half a bfloat16 step in every channel.
+
+    Raises:
+        TypeError: ``prev`` has no weight to scale.
+    """
+    weight = prev.weight
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"{type(prev).__name__} has no weight that could absorb a scale")
+    divisor = rule.to_prev(scale).float()
+    with torch.no_grad():
+        if weight.dim() == 1:
+            original = weight.float()
+            folded = (original / divisor).to(stored).float()
+            usable = (folded != 0) & folded.isfinite() & (original != 0)
+            folded = torch.where(usable, folded, original)
+            scale = torch.where(usable, original / folded, torch.ones_like(divisor))
+            divisor = scale
+            weight.copy_(folded)
+        else:
+            weight.copy_(weight.float() / divisor[:, None])
+        if isinstance(bias := getattr(prev, "bias", None), nn.Parameter):
+            bias.copy_(bias.float() / divisor)
+        for linear in linears:
+            linear.weight.copy_(linear.weight.float() * scale)

@@ -1,0 +1,8 @@
+"""Mistral: Llama's block with a sliding window, which the recorded calls carry."""
+
+from __future__ import annotations
+
+from .adapter import ModelAdapter
+from .llama import subsets
+
+MISTRAL = ModelAdapter("Mistral", ("mistral",), "model.layers", ("model.norm", "lm_head"), subsets)

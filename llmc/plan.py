@@ -1,0 +1,155 @@
+"""What a run will do and need, computed from the configuration and the checkpoint's headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .algorithms import Recipe
+from .errors import ConfigError, ModelError
+from .export import Exporter, Layer
+from .models import Subset
+from .quant import PerGroup, QuantSpec
+from .stream.headers import TensorEntry
+from .stream.skeleton import HEAD, Skeleton, block_unit
+
+_RUNTIME = 450 * 2**20  # Python, torch and transformers themselves
+_COMMON_GROUPS = (32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes a run will take, roughly.
+
+    Attributes:
+        read: from the checkpoint.
+        disk: written under ``save_path``, activation checkpoints included.
+        held: activations that a block holds while its batches wait for one another.
+        streams: activations between blocks.
+        host: peak of the host's memory.
+        device: peak of the device's memory; 0 where the host is the device.
+    """
+
+    read: int
+    disk: int
+    held: int
+    streams: int
+    host: int
+    device: int
+
+
+def make_layers(
+    skeleton: Skeleton, entries: Mapping[str, TensorEntry], subsets: tuple[Subset, ...], recipe: Recipe
+) -> list[Layer]:
+    """Every Linear of every block with its grid.
+
+    Raises:
+        ModelError: the adapter names a Linear that a block doesn't have.
+        ConfigError: a group size doesn't divide a layer's input channels, or ``ignored_layers`` matches nothing.
+    """
+    stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
+    prefix = next(name for name, module in skeleton.model.named_modules() if module is skeleton.blocks)
+    layers, touched = [], False
+    for index in range(len(skeleton.blocks)):
+        for subset in subsets:
+            fused = []
+            for name in subset.linears:
+                parameter = f"{prefix}.{index}.{name}.weight"
+                if parameter not in stored:
+                    raise ModelError(f"block {index} has no Linear '{name}'", "the adapter doesn't fit this model")
+                fused.append(stored[parameter].removesuffix(".weight"))
+            for name, full in zip(subset.linears, fused, strict=True):
+                rows, columns = entries[f"{full}.weight"].shape
+                spec = recipe.spec_of(index, name, f"{prefix}.{index}.{name}")
+                touched |= spec is None
+                layers.append(Layer(full, rows, columns, spec, tuple(fused)))
+    _check_groups(layers)
+    if recipe.steps and recipe.ignored.asked and not touched:
+        raise ConfigError("ignored_layers matches no layer of this model", "names look like mlp.down_proj; --dry-run lists them")
+    return layers
+
+
+def _check_groups(layers: list[Layer]) -> None:
+    for layer in layers:
+        if layer.spec is None or not isinstance(layer.spec.granularity, PerGroup):
+            continue
+        size = layer.spec.granularity.size
+        if layer.columns % size:
+            columns = {other.columns for other in layers if other.spec is not None}
+            fitting = [g for g in _COMMON_GROUPS if all(c % g == 0 for c in columns)]
+            raise ConfigError(
+                f"quant.weight.group_size: {size} doesn't divide the {layer.columns} input channels of {layer.name}",
+                f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none of the usual ones'}; "
+                "or use granularity: per_channel",
+            )
+
+
+def bits_per_weight(layers: list[Layer]) -> float | None:
+    """Mean over the quantized weights, scales and zero points included."""
+    weights = bits = 0.0
+    for layer in layers:
+        if layer.spec is not None:
+            weights += layer.rows * layer.columns
+            bits += layer_bits(layer, layer.spec)
+    return bits / weights if weights else None
+
+
+def layer_bits(layer: Layer, spec: QuantSpec) -> float:
+    """Bits of a layer's codes, scales and zero points."""
+    groups = layer.rows * layer.columns / spec.group_size(layer.columns)
+    zero = 0 if spec.symmetric else spec.bits
+    return layer.rows * layer.columns * spec.bits + groups * (8 * spec.scale_dtype.itemsize + zero)
+
+
+def make_estimate(
+    skeleton: Skeleton,
+    entries: Mapping[str, TensorEntry],
+    layers: list[Layer],
+    exporters: list[Exporter],
+    *,
+    calib_tokens: int,
+    eval_tokens: int,
+    streams: tuple[int, int],
+    on_device: bool,
+) -> Estimate:
+    """Peaks and totals. ``streams`` counts the calibration and evaluation streams."""
+    width = skeleton.model.config.get_text_config().hidden_size
+    size = skeleton.model.dtype.itemsize
+    unit_bytes = {unit: sum(entries[name].nbytes for name in names) for unit, names in skeleton.units.items()}
+    elements = {unit: sum(entries[name].nbytes // entries[name].dtype.itemsize for name in names) for unit, names in skeleton.units.items()}
+    read = sum(unit_bytes.values())
+    kept = (calib_tokens * streams[0] + eval_tokens * streams[1]) * width * size
+    widest = max((layer.columns for layer in layers), default=width)
+    held = calib_tokens * (3 * width + widest) * size if streams[0] else 0
+    block = max(elements[block_unit(index)] for index in range(len(skeleton.blocks))) * size
+    ahead = max(unit_bytes.values())
+    gram = 3 * widest * widest * 4 if streams[0] else 0
+    working = max(block, elements[HEAD] * size, elements["embed"] * size) + gram + held
+    weights = {f"{layer.name}.weight" for layer in layers}
+    plain = sum(entry.nbytes for name, entry in entries.items() if name not in weights)
+    written = sum(plain + sum(exporter.nbytes(layer) for layer in layers) for exporter in exporters)
+    host = _RUNTIME + 2 * ahead + kept + (0 if on_device else working)
+    return Estimate(read, written + 2 * kept, held, kept, host, working if on_device else 0)
+
+
+def stored_dtype(entries: Mapping[str, TensorEntry], layers: list[Layer]) -> torch.dtype:
+    """The dtype of the checkpoint's Linear weights."""
+    return entries[f"{layers[0].name}.weight"].dtype
+
+
+def original_bytes(entries: Mapping[str, TensorEntry]) -> int:
+    """Bytes of all tensors of the checkpoint."""
+    return sum(entry.nbytes for entry in entries.values())
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes on the disk that will hold ``path``."""
+    import shutil
+
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

@@ -1,0 +1,115 @@
+"""Integer grids: scales and zero points, codes, and back.
+
+Weights are seen as ``[rows, groups, group]``: every group of every row has its own scale, rounded to its stored dtype
+before a code is computed. Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .qweight import QWeight
+from .spec import MinMax, Mse, PerTensor, QuantSpec
+
+
+def to_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """View ``[out, in]`` as ``[out, groups, group]`` (per tensor: ``[1, 1, out * in]``).
+
+    Raises:
+        ValueError: the group size doesn't divide the number of input channels.
+    """
+    if isinstance(spec.granularity, PerTensor):
+        return weight.reshape(1, 1, -1)
+    size = spec.group_size(weight.shape[1])
+    if weight.shape[1] % size:
+        raise ValueError(f"group size {size} doesn't divide {weight.shape[1]} input channels")
+    return weight.reshape(weight.shape[0], -1, size)
+
+
+def qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of ranges ``[lo, hi]``, any shape; both are float32 holding the values as they are stored.
+
+    Asymmetric ranges are made to include 0, else the zero point is clamped and the far end is cut. A range without
+    extent gets scale 1: its codes are 0 whatever the scale.
+    """
+    lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)
+    levels = spec.qmax - spec.qmin
+    if not spec.symmetric:
+        scale = (hi - lo) / levels
+    elif spec.sym_mode == "full":
+        # The signed value of larger magnitude lands on qmin = -2^(b-1) exactly.
+        scale = torch.where(-lo >= hi, lo, hi) / spec.qmin
+    else:
+        magnitude = torch.maximum(-lo, hi)
+        scale = magnitude / spec.qmax if spec.sym_mode == "restricted" else 2 * magnitude / levels
+    scale = store(scale, spec.scale_dtype)
+    if spec.symmetric:
+        return scale, torch.zeros_like(scale)
+    return scale, (spec.qmin - (lo / scale).round()).clamp(spec.qmin, spec.qmax)
+
+
+def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a scale to its stored dtype and return it as float32; what isn't usable as a divisor becomes 1."""
+    rounded = scale.to(dtype).float()
+    return torch.where((rounded == 0) | ~rounded.isfinite(), torch.ones_like(rounded), rounded)
+
+
+def quantize(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes of ``values`` as float32; ``scale`` and ``zero`` broadcast against them. Rounds half to even."""
+    return (values.float() / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
+
+
+def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """``(codes - zero) * scale``: the values that the grid can express, in float32."""
+    return quantize(values, scale, zero, spec).sub_(zero).mul_(scale)
+
+
+def find_ranges(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Range ``(lo, hi)``, each ``[..., 1]``, of groups ``[..., group]`` by the spec's estimator."""
+    lo = groups.amin(-1, keepdim=True).float().clamp(max=0)
+    hi = groups.amax(-1, keepdim=True).float().clamp(min=0)
+    if isinstance(spec.ranges, MinMax):
+        return lo, hi
+    return _search_mse(groups.float(), lo, hi, spec, spec.ranges)
+
+
+def _search_mse(groups: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec, search: Mse) -> tuple[Tensor, Tensor]:
+    best = torch.full_like(lo, torch.inf)
+    best_lo, best_hi = lo.clone(), hi.clone()
+    for step in range(round(search.max_shrink * search.grid)):
+        shrink = 1 - step / search.grid
+        scale, zero = qparams(lo * shrink, hi * shrink, spec)
+        error = fake_quantize(groups, scale, zero, spec).sub_(groups).abs_().pow_(search.norm).sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_lo, best_hi = torch.where(better, lo * shrink, best_lo), torch.where(better, hi * shrink, best_hi)
+    return best_lo, best_hi
+
+
+def group_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point ``[out, groups]`` of a weight ``[out, in]`` (per tensor: ``[1, 1]``)."""
+    scale, zero = qparams(*find_ranges(to_groups(weight, spec), spec), spec)
+    return scale.squeeze(-1), zero.squeeze(-1)
+
+
+def fake_quantize_weight(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Round-to-nearest of ``[out, in]``, in float32: what ``quantize_weight(...).dequantize()`` gives."""
+    groups = to_groups(weight, spec)
+    return fake_quantize(groups, *qparams(*find_ranges(groups, spec), spec), spec).reshape(weight.shape)
+
+
+def quantize_weight(
+    weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Tensor] | None = None
+) -> QWeight:
+    """Round-to-nearest of a weight ``[out, in]``.
+
+    Args:
+        weight: any float dtype.
+        spec: the grid.
+        qparams_: scale and zero point ``[out, groups]``, if they were found elsewhere (clipping).
+    """
+    scale, zero = group_qparams(weight, spec) if qparams_ is None else qparams_
+    groups = to_groups(weight, spec)
+    codes = quantize(groups, scale[..., None], zero[..., None], spec).reshape(weight.shape)
+    return QWeight.from_float(codes, scale, zero, spec)

@@ -1,0 +1,65 @@
+"""The one result of every weight quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .spec import PerTensor, QuantSpec
+
+
+@dataclass(frozen=True)
+class QWeight:
+    """Integer codes with their scales: ``weight[o, i] = (codes[o, i] - zero[o, g]) * scale[o, g]``.
+
+    Attributes:
+        codes: int8 ``[out, in]``, signed, in ``[spec.qmin, spec.qmax]``.
+        scale: ``[out, groups]`` in ``spec.scale_dtype`` (per tensor: ``[1, 1]``).
+        zero: int8, shaped like ``scale``; None on symmetric grids.
+        spec: the grid.
+        group_index: int32 ``[in]``, the group of each column where groups aren't runs of consecutive columns
+            (act-order without static groups); None otherwise.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    spec: QuantSpec
+    group_index: Tensor | None = None
+
+    @classmethod
+    def from_float(
+        cls, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, group_index: Tensor | None = None
+    ) -> QWeight:
+        """Store float codes, scales and zero points (whole numbers, scales already rounded) in their own dtypes."""
+        return cls(
+            codes=codes.to(torch.int8),
+            scale=scale.to(spec.scale_dtype),
+            zero=None if spec.symmetric else zero.to(torch.int8),
+            spec=spec,
+            group_index=group_index,
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``[out, in]``. Computed in float32, rounded once to ``dtype``."""
+        scale, zero = self.scale.float(), None if self.zero is None else self.zero.float()
+        if self.group_index is not None:
+            index = self.group_index.long()
+            values = self.codes.float()
+            values = values if zero is None else values - zero[:, index]
+            return (values * scale[:, index]).to(dtype)
+        shape = (1, 1, -1) if isinstance(self.spec.granularity, PerTensor) else (*scale.shape, -1)
+        values = self.codes.float().reshape(shape)
+        if zero is not None:
+            values -= zero[..., None]
+        return (values * scale[..., None]).reshape(self.codes.shape).to(dtype)
+
+    def to(self, device: torch.device | str) -> QWeight:
+        """The same on another device."""
+        moved = [None if t is None else t.to(device) for t in (self.codes, self.scale, self.zero, self.group_index)]
+        codes, scale, zero, index = moved
+        if codes is None or scale is None:
+            raise ValueError("a quantized weight has codes and scales")
+        return QWeight(codes, scale, zero, self.spec, index)

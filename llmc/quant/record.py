@@ -1,0 +1,22 @@
+"""What the core hands to an exporter for one unit of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .qweight import QWeight
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """One unit (the embedding, a block, the head) as it is to be stored.
+
+    Attributes:
+        plain: tensors under the checkpoint's own names, in their stored dtype.
+        quantized: quantized weights by the checkpoint's name of their module (``model.layers.0.mlp.down_proj``).
+    """
+
+    plain: dict[str, Tensor] = field(default_factory=dict)
+    quantized: dict[str, QWeight] = field(default_factory=dict)

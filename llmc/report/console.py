@@ -1,0 +1,138 @@
+"""What a person sees while a run goes on and when it ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console as Rich
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..export import Exporter, Layer
+    from ..plan import Estimate
+    from ..run import Result
+
+
+def human(size: float) -> str:
+    """Bytes in the largest fitting unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit in ("B", "kB") else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """``1 h 02 min``, ``3 min 05 s`` or ``12 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+class ProgressListener:
+    """Shows the pass over the blocks; on a terminal as a bar, in a log as a line now and then."""
+
+    def __init__(self, rich: Rich, bar: Progress) -> None:
+        self._rich, self._bar = rich, bar
+        self._task = bar.add_task("reading", total=None)
+        self._blocks = 0
+
+    def started(self, blocks: int, done: int) -> None:
+        """The pass begins."""
+        self._blocks = blocks
+        self._bar.update(self._task, total=blocks)
+        if done:
+            self._rich.print(f"resuming: {done} of {blocks} blocks were written before")
+
+    def block(self, index: int, row: Mapping[str, Any]) -> None:
+        """A block is finished."""
+        self._bar.update(self._task, completed=index + 1)
+        if not self._rich.is_terminal and (index + 1) % max(1, self._blocks // 10) == 0:
+            error = "" if row.get("error") is None else f", relative error {row['error']:.2e}"
+            self._rich.print(f"block {index + 1}/{self._blocks}: {row['seconds']:.1f} s{error}")
+        for name, note in row["layers"].items():
+            if note["fallback"]:
+                self._rich.print(f"[yellow]warning:[/] {row['unit']}, {name}: {note['fallback']}")
+
+    def phase(self, text: str) -> None:
+        """What is going on now."""
+        self._bar.update(self._task, description=text)
+
+
+class Console:
+    """Prints; ``task`` is the run's name, if it has one."""
+
+    def __init__(self, task: str | None = None) -> None:
+        self._rich = Rich(highlight=False, soft_wrap=True)
+        self._task = task
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """One line each."""
+        for warning in dict.fromkeys(warnings):
+            self._rich.print(f"[yellow]note:[/] {warning}", markup=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[ProgressListener]:
+        """A bar while the context lasts."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._rich, disable=not self._rich.is_terminal) as bar:
+            yield ProgressListener(self._rich, bar)
+
+    def plan(self, layers: Sequence[Layer], estimate: Estimate, exporters: Sequence[Exporter]) -> None:
+        """What a dry run found out."""
+        table = Table("layer", "out x in", "scheme", box=None, pad_edge=False)
+        for layer in layers:
+            scheme = layer.spec.describe() if layer.spec else "[yellow]kept[/] (ignored_layers)"
+            table.add_row(layer.name, f"{layer.rows} x {layer.columns}", scheme)
+        self._rich.print(table)
+        schemes = Counter(layer.spec.describe() if layer.spec else "kept" for layer in layers)
+        self._rich.print("\n[bold]Plan[/]" + (f" {self._task}" if self._task else ""))
+        self._facts(
+            {
+                "layers": ", ".join(f"{count} x {scheme}" for scheme, count in schemes.items()),
+                "not quantized": "embeddings, norms, head: they are never quantized",
+                "exports": ", ".join(f"{e.name} (checked)" for e in exporters) or "none",
+                "read": human(estimate.read),
+                "disk": f"about {human(estimate.disk)}",
+                "host memory": f"about {human(estimate.host)}",
+                **({"device memory": f"about {human(estimate.device)}"} if estimate.device else {}),
+            }
+        )
+
+    def summary(self, result: Result) -> None:
+        """The numbers of a finished run, and where things are."""
+        metrics = result.metrics
+        for one in result.perplexities:
+            self._rich.print(f"EVAL: ppl on {one.name} is {one.value:.4f} ({one.position}: {one.protocol})")
+        self._rich.print("\n[bold green]Done[/]" + (f" {self._task}" if self._task else ""))
+        facts: dict[str, str] = {}
+        original = metrics["model"]["bytes"]
+        for name, output in result.outputs.items():
+            facts[f"size ({name})"] = f"{human(original)} -> {human(output['bytes'])} ({output['bytes'] / original:.0%})"
+        if metrics["bits_per_weight"] is not None:
+            facts["bits per weight"] = f"{metrics['bits_per_weight']:.2f} in the quantized layers"
+        for one in result.perplexities:
+            facts[f"perplexity ({one.position})"] = f"{one.value:.4f} on {one.name}, {one.windows} windows of {one.seq_len}"
+        facts["time"] = duration(metrics["seconds"])
+        facts["peak memory"] = human(metrics["peak_host_bytes"])
+        if metrics["peak_device_bytes"]:
+            facts["peak device memory"] = human(metrics["peak_device_bytes"])
+        if metrics["fallbacks"]:
+            facts["fallbacks"] = f"{len(metrics['fallbacks'])} layers were rounded to nearest, see metrics.json"
+        for name, output in result.outputs.items():
+            facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
+        if result.save_path is not None:
+            facts["all numbers"] = str(result.save_path / "metrics.json")
+        for name, output in result.outputs.items():
+            facts[f"use ({name})"] = output["serve"]
+        self._facts(facts)
+
+    def _facts(self, facts: Mapping[str, str]) -> None:
+        width = max(map(len, facts), default=0)
+        for key, value in facts.items():
+            self._rich.print(f"  {key:<{width}}  {value}", markup=False)

@@ -1,0 +1,398 @@
+"""A run from its configuration to its result. The only file that knows every package."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, set_seed
+
+from . import __version__
+from .algorithms import Recipe, options_types
+from .config import Config, LoadedConfig, load_config
+from .data import EvaluationWindows, calibration_samples, evaluation_windows
+from .errors import DataError, RunError
+from .eval.perplexity import Perplexity, perplexity
+from .export import Exporter, Layer, check_shard
+from .export.dense import FakeQuant, Transformed
+from .models import find_adapter, heads_of
+from .models.locate import locate_checkpoint
+from .plan import Estimate, bits_per_weight, free_disk, make_estimate, make_layers, original_bytes, stored_dtype
+from .report.metrics import Measured, make_metrics
+from .stream.activations import ActivationStore
+from .stream.engine import Batches, Engine, EngineOptions, Listener
+from .stream.headers import TensorEntry, headers_digest, read_headers
+from .stream.journal import Journal
+from .stream.sink import Sink
+from .stream.skeleton import EMBED, HEAD, Skeleton, block_unit
+from .stream.skeleton import load_config as load_model_config
+from .stream.source import BlockSource
+from .translate import (
+    batched,
+    calibration_spec,
+    evaluation_specs,
+    make_compute_dtype,
+    make_device,
+    make_exporters,
+    make_recipe_of,
+    make_spec,
+    refuse_unavailable,
+)
+from .workspace import Workspace, tokens_digest
+
+_TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward")  # of base: no influence on the result
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One text to evaluate on.
+
+    Attributes:
+        name: as the configuration calls it.
+        positions: the states of the model, as the configuration calls them.
+        windows: the tokens.
+        batches: the same in batches.
+    """
+
+    name: str
+    positions: tuple[str, ...]
+    windows: EvaluationWindows
+    batches: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before a weight is read."""
+
+    loaded: LoadedConfig
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+    skeleton: Skeleton
+    recipe: Recipe
+    layers: list[Layer]
+    exporters: list[Exporter]
+    calib: list[Tensor]
+    evaluations: list[Evaluation]
+    device: torch.device
+    stored: torch.dtype
+    adapter: str
+    warnings: list[str]
+    estimate: Estimate
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.loaded.config
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        save_path: the run's folder, or None if nothing was saved.
+        outputs: for each ``save_*`` its folder, size and the command that serves it.
+        perplexities: measured numbers.
+        metrics: the content of ``metrics.json``.
+    """
+
+    save_path: Path | None
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    perplexities: list[Perplexity] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(loaded: LoadedConfig) -> Prepared:
+    """Check the configuration against the checkpoint, the text and the backends. Reads headers and text, no weight.
+
+    Raises:
+        LlmcError: whatever would stop the run later.
+    """
+    config = loaded.config
+    refuse_unavailable(config)
+    device = make_device(config.base.device)
+    if config.base.threads:
+        torch.set_num_threads(config.base.threads)
+    set_seed(config.base.seed)
+    trust = config.model.trust_remote_code
+    folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
+    model_config = load_model_config(folder, trust_remote_code=trust)
+    adapter = find_adapter(config.model.type, model_config.model_type)
+    entries = read_headers(folder)
+    subsets = adapter.subsets(model_config.get_text_config())
+    names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
+    stored = entries[names[0]].dtype if names else torch.bfloat16
+    compute = make_compute_dtype(config.model.torch_dtype, stored, device)
+    skeleton = Skeleton(
+        model_config, entries, blocks=adapter.blocks, head=adapter.head, dtype=compute, device=device, trust_remote_code=trust
+    )
+    recipe = make_recipe_of(config, make_spec(config, stored))
+    layers = make_layers(skeleton, entries, subsets, recipe)
+    stored = stored_dtype(entries, layers)
+    exporters = make_exporters(config, recipe.spec, stored, compute)
+    warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
+    tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
+    spec = calibration_spec(config)
+    calib: list[Tensor] = []
+    if spec is not None and config.calib is not None and recipe.needs_data:
+        calib = batched(calibration_samples(spec, tokenizer), config.calib.bs)
+    evaluations = []
+    for text, positions, size in evaluation_specs(config):
+        windows = evaluation_windows(text, tokenizer)
+        evaluations.append(Evaluation(text.name, positions, windows, batched(list(windows.tokens), size)))
+    estimate = make_estimate(
+        skeleton,
+        entries,
+        layers,
+        exporters,
+        calib_tokens=sum(batch.numel() for batch in calib),
+        eval_tokens=sum(batch.numel() for one in evaluations for batch in one.batches),
+        streams=(recipe.original_stream + recipe.compressed_stream, len(_positions(evaluations))),
+        on_device=device.type == "cuda",
+    )
+    return Prepared(
+        loaded, folder, entries, skeleton, recipe, layers, exporters, calib, evaluations, device, stored, adapter.name, warnings, estimate
+    )
+
+
+def load_tokenizer(folder: Path, *, fast: bool, trust_remote_code: bool) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        DataError: there is none, or it isn't understood.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as problem:
+        raise DataError(f"{folder}: the tokenizer can't be loaded: {problem}", "is tokenizer.json there?") from problem
+
+
+def compress(
+    config: Path | str | Mapping[str, Any] | LoadedConfig,
+    overrides: Sequence[str] = (),
+    *,
+    listener: Listener | None = None,
+) -> Result:
+    """Run a configuration: calibrate, compress, evaluate and write, one block at a time.
+
+    Args:
+        config: path of a YAML file, its content, or a loaded configuration.
+        overrides: ``key.path=value`` each.
+        listener: hears of progress.
+
+    Raises:
+        LlmcError: bad input; nothing has been written unless the message says so.
+    """
+    loaded = config if isinstance(config, LoadedConfig) else load_config(config, overrides, options_types())
+    return run(prepare(loaded), listener or Silent())
+
+
+class Silent:
+    """A listener that doesn't care."""
+
+    def started(self, blocks: int, done: int) -> None:
+        """Ignore."""
+
+    def block(self, index: int, row: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+    def phase(self, text: str) -> None:
+        """Ignore."""
+
+
+def run(prepared: Prepared, listener: Listener) -> Result:
+    """Do what ``prepare`` has checked."""
+    started = time.perf_counter()
+    save_path = prepared.config.save.save_path
+    with ExitStack() as stack:
+        # Without a folder to resume from, a run's state is worth nothing after it.
+        kept = save_path is not None and bool(prepared.recipe.steps)
+        root = Path(save_path).expanduser() if kept and save_path else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workspace = Workspace(root, prepared.config.save.on_existing if kept else None, _fingerprint(prepared))
+        if prepared.estimate.disk > (free := free_disk(root)):
+            raise RunError(
+                f"not enough disk for {root}: about {prepared.estimate.disk / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free",
+                "free some, name another save.save_path, or save fewer formats",
+            )
+        journal = workspace.open()
+        sinks, transformed = _sinks(prepared, workspace, keep_records=kept)
+        source = BlockSource({unit: [prepared.entries[n] for n in names] for unit, names in prepared.skeleton.units.items()})
+        stack.callback(source.close)
+        budget = prepared.config.base.host_memory_gb
+        store = ActivationStore(workspace.state, None if budget is None else int(budget * 2**30))
+        outcome = _engine(prepared, source, sinks, transformed, store, journal, listener).run()
+        perplexities = _perplexities(prepared, outcome.losses)
+        outputs = _finish_outputs(prepared, workspace, [*sinks, *([transformed] if transformed else [])], journal)
+        measured = Measured(
+            seconds=time.perf_counter() - started,
+            by_kind=outcome.seconds,
+            bytes_read=outcome.bytes_read,
+            peak_host=peak_host_memory(),
+            peak_device=torch.cuda.max_memory_allocated(prepared.device) if prepared.device.type == "cuda" else 0,
+        )
+        metrics = make_metrics(
+            config=prepared.loaded.resolved,
+            versions=versions(),
+            model={
+                "path": str(prepared.folder),
+                "adapter": prepared.adapter,
+                "blocks": len(prepared.skeleton.blocks),
+                "bytes": original_bytes(prepared.entries),
+                "computing_dtype": str(prepared.skeleton.model.dtype).removeprefix("torch."),
+                "device": str(prepared.device),
+            },
+            scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
+            bits=bits_per_weight(prepared.layers),
+            perplexities=perplexities,
+            outputs=outputs,
+            rows=journal.rows,
+            calibration_tokens=sum(batch.numel() for batch in prepared.calib),
+            measured=measured,
+        )
+        store.drop_mapped()
+        if kept:
+            workspace.finish(metrics)
+        return Result(root if kept else None, outputs, perplexities, metrics)
+
+
+# --- parts of a run ------------------------------------------------------------------------------------------------
+
+
+def _positions(evaluations: Sequence[Evaluation]) -> frozenset[str]:
+    """States of the model that some evaluation wants; without a quantized KV cache, with and without it are one."""
+    return frozenset(_state(position) for one in evaluations for position in one.positions)
+
+
+def _state(position: str) -> str:
+    return "fake_quant" if position == "fake_quant_wo_kv" else position
+
+
+def _fingerprint(prepared: Prepared) -> dict[str, str]:
+    """Everything that the result depends on, by a name that a message can use."""
+    resolved = json.loads(json.dumps(prepared.loaded.resolved))
+    for key in _TUNING:
+        resolved.get("base", {}).pop(key, None)
+    resolved.get("save", {}).pop("on_existing", None)
+    resolved.get("save", {}).pop("save_path", None)
+    return {
+        "configuration": json.dumps(resolved, sort_keys=True),
+        "calibration text": tokens_digest(prepared.calib),
+        "evaluation text": tokens_digest([one.windows.tokens for one in prepared.evaluations]),
+        "checkpoint": headers_digest(prepared.entries),
+        "set of library versions": json.dumps(versions(), sort_keys=True),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers")
+    return {"llmc": __version__, **{name: version(name) for name in packages}}
+
+
+def _sinks(prepared: Prepared, workspace: Workspace, *, keep_records: bool) -> tuple[list[Sink], Sink | None]:
+    """Folders for the compressed model, and the one for the transformed model if somebody needs it.
+
+    A resumed run reads the blocks that it has written. If no compressed model is to be saved, it's kept in the state.
+    """
+    units = [EMBED, *(block_unit(index) for index in range(len(prepared.skeleton.blocks))), HEAD]
+
+    def sink(exporter: Exporter, folder: Path) -> Sink:
+        folder.mkdir(parents=True, exist_ok=True)
+        return Sink(folder, exporter, units, partial(_verify, exporter))
+
+    sinks = [sink(e, workspace.path / e.folder) for e in prepared.exporters if not e.transformed_only]
+    transformed = [sink(e, workspace.path / e.folder) for e in prepared.exporters if e.transformed_only]
+    compute = prepared.skeleton.model.dtype
+    if keep_records and not sinks:
+        sinks = [sink(FakeQuant(prepared.recipe.spec, prepared.stored, compute), workspace.state / "compressed")]
+    if keep_records and not transformed and "transformed" in _positions(prepared.evaluations):
+        transformed = [sink(Transformed(prepared.recipe.spec, prepared.stored, compute), workspace.state / "transformed")]
+    return sinks, transformed[0] if transformed else None
+
+
+def _verify(exporter: Exporter, path: Path, record: Any) -> None:
+    check_shard(path, exporter, record)
+
+
+def _engine(
+    prepared: Prepared,
+    source: BlockSource,
+    sinks: list[Sink],
+    transformed: Sink | None,
+    store: ActivationStore,
+    journal: Journal,
+    listener: Listener,
+) -> Engine:
+    config = prepared.skeleton.model.config.get_text_config()
+    adapter = find_adapter("auto", prepared.skeleton.model.config.model_type)
+    return Engine(
+        skeleton=prepared.skeleton,
+        source=source,
+        recipe=prepared.recipe,
+        subsets=adapter.subsets(config),
+        heads=heads_of(config),
+        calib=Batches(prepared.calib),
+        evaluation=Batches([b for one in prepared.evaluations for b in one.batches], _positions(prepared.evaluations)),
+        sinks=sinks,
+        transformed=transformed,
+        store=store,
+        journal=journal,
+        device=prepared.device,
+        options=EngineOptions(forward=_forward(prepared), checkpoint_every=prepared.config.base.checkpoint_every),
+        listener=listener,
+    )
+
+
+def _forward(prepared: Prepared) -> Any:
+    """Hold all batches inside a block if what they hold fits into half of the free memory."""
+    asked = prepared.config.base.forward
+    if asked != "auto":
+        return asked
+    if prepared.device.type == "cuda":
+        free = torch.cuda.mem_get_info(prepared.device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return "staged" if prepared.estimate.held <= free // 2 else "replay"
+
+
+def _perplexities(prepared: Prepared, losses: Mapping[str, list[Tensor]]) -> list[Perplexity]:
+    found, start = [], 0
+    for one in prepared.evaluations:
+        stop = start + len(one.batches)
+        for position in one.positions:
+            value = perplexity(losses[_state(position)][start:stop])
+            count, length = one.windows.tokens.shape
+            found.append(Perplexity(one.name, position, value, count, length, one.windows.protocol, one.windows.sha256))
+        start = stop
+    return found
+
+
+def _finish_outputs(prepared: Prepared, workspace: Workspace, sinks: list[Sink], journal: Journal) -> dict[str, dict[str, Any]]:
+    outputs = {}
+    rows = [row for row in journal.rows if row["kind"] == "unit"]
+    by_name = {exporter.name: exporter for exporter in prepared.exporters}
+    for sink in sinks:
+        exporter = by_name.get(sink.format.name)
+        if exporter is not None:
+            outputs[exporter.name] = workspace.finish_output(exporter, sink, prepared.folder, prepared.layers, rows)
+    return outputs
+
+
+def peak_host_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024

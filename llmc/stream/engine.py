@@ -1,0 +1,367 @@
+"""One pass over the blocks: load, calibrate, compress, write, propagate, forget."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..algorithms import LayerNote, Recipe
+from ..errors import RunError
+from ..models import Heads, Subset
+from ..quant import UnitRecord
+from .activations import ActivationStore, Stream
+from .blockwork import BlockWork, WorkContext
+from .calls import Call, record, token_losses
+from .journal import Journal
+from .sink import Sink
+from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
+from .source import BlockSource
+from .stages import BlockRun, propagate
+
+EvalPosition = Literal["pretrain", "transformed", "fake_quant"]
+
+
+class Listener(Protocol):
+    """Hears of a run's progress."""
+
+    def started(self, blocks: int, done: int) -> None:
+        """The pass begins with ``done`` of ``blocks`` blocks already written by an earlier run."""
+
+    def block(self, index: int, row: Mapping[str, Any]) -> None:
+        """Block ``index`` is finished (``row`` is its line in the journal)."""
+
+    def phase(self, text: str) -> None:
+        """What is going on now."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Token batches ``[batch, tokens]``, int64, and the model states that they are run through."""
+
+    tokens: Sequence[Tensor]
+    positions: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run, without influence on the result.
+
+    Attributes:
+        forward: ``staged`` holds all batches inside a block, ``replay`` repeats the block; ``auto`` decides by memory.
+        checkpoint_every: blocks between two activation checkpoints.
+    """
+
+    forward: Literal["auto", "staged", "replay"] = "auto"
+    checkpoint_every: int = 5
+
+
+@dataclass
+class Outcome:
+    """What a pass measured.
+
+    Attributes:
+        losses: for each evaluated state, one ``[batch, tokens - 1]`` cross entropy per evaluation batch.
+        bytes_read: bytes of tensor data read from the checkpoint.
+        seconds: time in this process by kind of work.
+    """
+
+    losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    bytes_read: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """Compresses a model block by block.
+
+    Args:
+        skeleton: the empty model.
+        source: its weights.
+        recipe: what to do.
+        subsets: the subsets of every block.
+        heads: attention geometry.
+        calib: calibration batches.
+        evaluation: evaluation batches and positions.
+        sinks: where units are written; the first whose weights are the compressed ones is read back by a resumed run.
+        transformed: the sink of the transformed, unquantized model, if wanted.
+        store: activations.
+        journal: what is done.
+        device: where blocks are run.
+        options: how to run.
+        listener: hears of progress.
+    """
+
+    def __init__(
+        self,
+        *,
+        skeleton: Skeleton,
+        source: BlockSource,
+        recipe: Recipe,
+        subsets: tuple[Subset, ...],
+        heads: Heads,
+        calib: Batches,
+        evaluation: Batches,
+        sinks: Sequence[Sink],
+        transformed: Sink | None,
+        store: ActivationStore,
+        journal: Journal,
+        device: torch.device,
+        options: EngineOptions,
+        listener: Listener,
+    ) -> None:
+        self._skeleton, self._source, self._recipe = skeleton, source, recipe
+        self._calib, self._evaluation = calib, evaluation
+        self._sinks, self._transformed = sinks, transformed
+        self._store, self._journal, self._device = store, journal, device
+        self._options, self._listener = options, listener
+        self._count = len(skeleton.blocks)
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._spent: dict[str, float] = {}
+        self._work = WorkContext(recipe, subsets, heads, device, options.forward)
+
+    @torch.no_grad()
+    def run(self) -> Outcome:
+        """Do the whole pass, or what an interrupted one left.
+
+        Raises:
+            CheckpointError: a weight is missing, misshapen, NaN or infinite.
+            RunError: a block's output isn't finite.
+        """
+        self._source.prefetch(EMBED)
+        self._source.prefetch(block_unit(0))
+        embedding = self._embed()
+        done = sum(self._journal.unit(block_unit(index)) is not None for index in range(self._count))
+        self._listener.started(self._count, done)
+        first = self._restore()
+        for index in range(first, self._count):
+            self._block(index)
+        outcome = Outcome(bytes_read=0)
+        self._head(embedding, outcome)
+        outcome.bytes_read = self._source.bytes_read
+        outcome.seconds = self._spent
+        return outcome
+
+    # --- before the blocks -------------------------------------------------------------------------------------------
+
+    def _embed(self) -> dict[str, Tensor]:
+        """Make the inputs of the first block. Returns the raw embedding if a tied head will need it again."""
+        self._listener.phase("embedding")
+        raw = self._source.take(EMBED)
+        check_finite(raw)
+        self._write_through(EMBED, raw)
+        self._skeleton.load(raw)
+        resumed = self._journal.last("activations") is not None
+        for name, batches in self._wanted_streams().items():
+            hidden = [self._record(tokens) for tokens in batches]
+            shapes = [(part.shape[0], part.shape[1], part.shape[2]) for part in hidden]
+            stream = self._store.add(name, shapes, self._skeleton.model.dtype)
+            for index, part in enumerate(hidden):
+                if not resumed:
+                    stream.store(index, part)
+        self._skeleton.release_unit(EMBED)
+        return raw if self._skeleton.tied_head and self._evaluation.positions else {}
+
+    def _wanted_streams(self) -> dict[str, Sequence[Tensor]]:
+        """Streams that somebody reads."""
+        wanted: dict[str, Sequence[Tensor]] = {}
+        if self._recipe.original_stream:
+            wanted["calib.original"] = self._calib.tokens
+        if self._recipe.compressed_stream:
+            wanted["calib.compressed"] = self._calib.tokens
+        for position in sorted(self._evaluation.positions):
+            wanted[f"eval.{position}"] = self._evaluation.tokens
+        return wanted
+
+    def _record(self, tokens: Tensor) -> Tensor:
+        """Hidden state in front of the first block; remembers the calls for this shape of batch."""
+        recorded = record(self._skeleton, tokens.to(self._device))
+        self._calls.setdefault(tuple(tokens.shape), recorded.calls)
+        return recorded.hidden
+
+    def _restore(self) -> int:
+        """Index of the block to go on with."""
+        checkpoint = self._journal.last("activations")
+        if checkpoint is None:
+            return 0
+        self._listener.phase(f"restoring the activations behind block {checkpoint['after']}")
+        self._store.restore(checkpoint["file"])
+        return int(checkpoint["after"]) + 1
+
+    # --- a block -----------------------------------------------------------------------------------------------------
+
+    def _block(self, index: int) -> None:
+        unit = block_unit(index)
+        started = time.perf_counter()
+        self._listener.phase(f"block {index + 1}/{self._count}")
+        raw = self._timed("read", lambda: self._source.take(unit))
+        self._source.prefetch(block_unit(index + 1) if index + 1 < self._count else HEAD)
+        check_finite(raw)
+        stored = {self._skeleton.parameter_of[name]: (name, tensor.dtype) for name, tensor in raw.items()}
+        self._skeleton.load(raw)
+        del raw
+        block = self._skeleton.blocks[index]
+        self._propagate(index, "eval.pretrain", "evaluate")
+        work = BlockWork(self._work, index, block, self._prefix(index), stored)
+        row = self._journal.unit(unit)
+        if row is None:
+            row = self._compress(index, unit, work)
+            row["seconds"] = round(time.perf_counter() - started, 3)
+            self._journal.append(row)
+        else:
+            self._replay(index, unit, work, row)
+        self._gate(index)
+        self._skeleton.release(block)
+        del work, block
+        _give_back_memory()
+        self._listener.block(index, row)
+        if (index + 1) % self._options.checkpoint_every == 0 and index + 1 < self._count and self._store.streams:
+            self._checkpoint(index)
+
+    def _compress(self, index: int, unit: str, work: BlockWork) -> dict[str, Any]:
+        original, compressed = self._run(index, "calib.original"), self._run(index, "calib.compressed")
+        self._timed("calibrate", lambda: work.transform(original, compressed))
+        outputs: dict[str, Any] = {}
+        if self._transformed is not None:
+            record_ = work.record(quantized=False)
+            outputs[self._transformed.format.name] = self._write(self._transformed, unit, record_)
+        self._propagate(index, "eval.transformed", "evaluate")
+        propagated = self._timed("calibrate", lambda: work.quantize(original, compressed))
+        done = work.record(quantized=True)
+        for sink in self._sinks:
+            outputs[sink.format.name] = self._write(sink, unit, done)
+        if compressed is not None and not propagated:
+            self._timed("calibrate", lambda: propagate(compressed))
+        self._propagate(index, "eval.fake_quant", "evaluate")
+        return {
+            "kind": "unit",
+            "unit": unit,
+            "outputs": outputs,
+            "layers": {name: _note(note) for name, note in work.notes.items()},
+            "scales": work.scales,
+            "error": self._relative_error(),
+        }
+
+    def _replay(self, index: int, unit: str, work: BlockWork, row: dict[str, Any]) -> None:
+        """Bring the streams past a block that an earlier run wrote, with exactly what it wrote."""
+        original, compressed = self._run(index, "calib.original"), self._run(index, "calib.compressed")
+        if original is not None:
+            propagate(original)
+        if self._transformed is not None and "eval.transformed" in self._store.streams:
+            work.set_weights(self._transformed.read(unit, row["outputs"][self._transformed.format.name]))
+            self._propagate(index, "eval.transformed", "evaluate")
+        if self._sinks:
+            work.set_weights(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
+        if compressed is not None:
+            propagate(compressed)
+        self._propagate(index, "eval.fake_quant", "evaluate")
+
+    def _run(self, index: int, stream: str) -> BlockRun | None:
+        if stream not in self._store.streams:
+            return None
+        batches = self._calib.tokens if stream.startswith("calib.") else self._evaluation.tokens
+        calls = [self._calls[tuple(tokens.shape)][index] for tokens in batches]
+        return BlockRun(self._skeleton.blocks[index], self._store.streams[stream], calls, self._device)
+
+    def _propagate(self, index: int, stream: str, kind: str) -> None:
+        run = self._run(index, stream)
+        if run is not None:
+            self._timed(kind, lambda: propagate(run))
+
+    def _gate(self, index: int) -> None:
+        """Nothing goes on behind a block whose output isn't finite."""
+        for stream in self._store.streams.values():
+            for batch in stream.tensors().values():
+                if not math.isfinite(float(batch.sum(dtype=torch.float32))) and not batch.isfinite().all():
+                    raise RunError(
+                        f"the output of block {index} isn't finite ({stream.name})",
+                        "compute in a wider dtype: set model.torch_dtype to torch.bfloat16 or torch.float32",
+                    )
+
+    def _relative_error(self) -> float | None:
+        """``|y_q - y|² / |y|²`` on the evaluation text behind this block."""
+        original, compressed = (self._store.streams.get(f"eval.{p}") for p in ("pretrain", "fake_quant"))
+        if original is None or compressed is None:
+            return None
+        change = size = 0.0
+        for y, y_q in zip(original.tensors().values(), compressed.tensors().values(), strict=True):
+            change += float((y_q.float() - y.float()).square().sum())
+            size += float(y.float().square().sum())
+        return change / max(size, 1e-30)
+
+    def _checkpoint(self, index: int) -> None:
+        previous = self._journal.last("activations")
+        file = f"activations-{index}.safetensors"
+        self._timed("checkpoint", lambda: self._store.save(file))
+        self._journal.append({"kind": "activations", "after": index, "file": file})
+        if previous is not None:
+            self._store.remove(previous["file"])
+
+    # --- behind the blocks -------------------------------------------------------------------------------------------
+
+    def _head(self, embedding: dict[str, Tensor], outcome: Outcome) -> None:
+        self._listener.phase("head")
+        raw = self._source.take(HEAD)
+        check_finite(raw)
+        self._write_through(HEAD, raw)
+        if not self._evaluation.positions:
+            return
+        self._skeleton.load(raw | embedding)
+        if embedding:
+            self._skeleton.tie()
+        for position in sorted(self._evaluation.positions):
+            stream = self._store.streams[f"eval.{position}"]
+
+            def losses(stream: Stream = stream) -> list[Tensor]:
+                return [
+                    token_losses(self._skeleton, stream.load(index, self._device), tokens.to(self._device)).cpu()
+                    for index, tokens in enumerate(self._evaluation.tokens)
+                ]
+
+            self._listener.phase(f"perplexity ({position})")
+            outcome.losses[position] = self._timed("evaluate", losses)
+        self._skeleton.release_unit(HEAD)
+
+    def _write_through(self, unit: str, raw: dict[str, Tensor]) -> None:
+        """Embedding and head go to every output as they are."""
+        if self._journal.unit(unit) is not None:
+            return
+        sinks = [*self._sinks, *([self._transformed] if self._transformed is not None else [])]
+        outputs = {sink.format.name: self._write(sink, unit, UnitRecord(plain=raw)) for sink in sinks}
+        self._journal.append({"kind": "unit", "unit": unit, "outputs": outputs})
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    def _prefix(self, index: int) -> str:
+        block = self._skeleton.blocks[index]
+        return next(name for name, module in self._skeleton.model.named_modules() if module is block)
+
+    def _write(self, sink: Sink, unit: str, unit_record: UnitRecord) -> dict[str, Any]:
+        return self._timed("write", lambda: sink.write(unit, unit_record))
+
+    def _timed(self, kind: str, work: Any) -> Any:
+        started = time.perf_counter()
+        result = work()
+        self._spent[kind] = self._spent.get(kind, 0.0) + time.perf_counter() - started
+        return result
+
+
+def _note(note: LayerNote) -> dict[str, Any]:
+    return {"error": note.error, "damp": note.damp, "fallback": note.fallback}
+
+
+def _give_back_memory() -> None:
+    """Return a finished block's memory to the system: the C library would keep it for itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library

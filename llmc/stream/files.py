@@ -1,0 +1,57 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's entries (renames, new files) survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(written: Path, target: Path) -> None:
+    handle = os.open(written, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    written.replace(target)
+    sync_folder(target.parent)
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Write, fsync, rename, fsync the folder: ``target`` never holds a part."""
+    written = target.with_name(target.name + ".tmp")
+    written.write_bytes(content)
+    _replace(written, target)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """The same for JSON."""
+    write_bytes(target, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
+    """The same for a safetensors file."""
+    written = target.with_name(target.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata={"format": "pt"})
+    _replace(written, target)
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,87 @@
+"""Where compressed units go: one shard file for each, and at the very end what makes the folder loadable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import RunError
+from ..quant import UnitRecord
+from .files import sha256, write_json, write_tensors
+
+
+class UnitFormat(Protocol):
+    """The part of an exporter that the engine needs: a pure function of a unit's record, and its inverse."""
+
+    name: str
+
+    def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
+        """Stored tensors of a unit."""
+        ...
+
+    def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
+        """The record that ``tensors`` was called with."""
+        ...
+
+
+class Sink:
+    """A folder of shards, one for each unit, named beforehand so that a resumed run writes the same names.
+
+    Args:
+        folder: where the shards go.
+        unit_format: what they hold.
+        units: all units in order.
+        verify: reads a written shard back and raises if it isn't what was to be written.
+    """
+
+    def __init__(
+        self, folder: Path, unit_format: UnitFormat, units: list[str], verify: Callable[[Path, UnitRecord], None]
+    ) -> None:
+        self.folder, self.format, self._units, self._verify = folder, unit_format, units, verify
+
+    def shard(self, unit: str) -> Path:
+        """The file of a unit."""
+        index = self._units.index(unit) + 1
+        return self.folder / f"model-{index:05d}-of-{len(self._units):05d}.safetensors"
+
+    def write(self, unit: str, record: UnitRecord) -> dict[str, Any]:
+        """Write a unit's shard, whole or not at all; returns what the journal keeps of it."""
+        tensors = self.format.tensors(record)
+        path = self.shard(unit)
+        write_tensors(path, tensors)
+        self._verify(path, record)
+        return {
+            "file": path.name,
+            "sha256": sha256(path),
+            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "names": sorted(tensors),
+        }
+
+    def read(self, unit: str, written: dict[str, Any]) -> UnitRecord:
+        """Read a unit back.
+
+        Raises:
+            RunError: the file isn't the one that the journal speaks of.
+        """
+        path = self.folder / written["file"]
+        if not path.exists() or sha256(path) != written["sha256"]:
+            raise RunError(
+                f"{path} is missing or isn't what the interrupted run wrote",
+                "start over with --set save.on_existing=overwrite",
+            )
+        return self.format.read(load_file(path))
+
+    def write_index(self, rows: list[dict[str, Any]]) -> None:
+        """Write the index of all shards from the journal's unit rows."""
+        parts = [row["outputs"][self.format.name] for row in rows]
+        write_json(
+            self.folder / "model.safetensors.index.json",
+            {
+                "metadata": {"total_size": sum(part["bytes"] for part in parts)},
+                "weight_map": {name: part["file"] for part in parts for name in part["names"]},
+            },
+        )

@@ -1,0 +1,70 @@
+"""Reads a checkpoint unit by unit, each tensor once, the next unit ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .headers import TensorEntry
+
+
+class BlockSource:
+    """Plain reads into fresh memory: nothing stays mapped, so a unit's memory is gone when its tensors are.
+
+    Args:
+        units: the tensors of each unit.
+    """
+
+    def __init__(self, units: Mapping[str, list[TensorEntry]]) -> None:
+        self._units = units
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmc-read")
+        self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
+        self.bytes_read = 0
+        self.reads: dict[str, int] = {}
+
+    def prefetch(self, unit: str) -> None:
+        """Start reading a unit in the background."""
+        if unit in self._units and unit not in self._ahead:
+            self._ahead[unit] = self._pool.submit(self._read, unit)
+
+    def take(self, unit: str) -> dict[str, Tensor]:
+        """The unit's tensors by checkpoint name, on the CPU, in their stored dtype."""
+        self.prefetch(unit)
+        return self._ahead.pop(unit).result()
+
+    def close(self) -> None:
+        """Stop the background reader."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, unit: str) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        entries = sorted(self._units[unit], key=lambda entry: (str(entry.file), entry.offset))
+        for entry in entries:
+            raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+            with entry.file.open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                if not _fill(file, memoryview(raw.numpy())):
+                    raise CheckpointError(
+                        f"{entry.file} ends within {entry.name}: it became shorter since the run began",
+                        "restore the file and run the same command, the run goes on from here",
+                    )
+            tensors[entry.name] = raw.view(entry.dtype).reshape(entry.shape)
+            self.bytes_read += entry.nbytes
+            self.reads[entry.name] = self.reads.get(entry.name, 0) + 1
+        return tensors
+
+
+def _fill(file: FileIO, target: memoryview) -> bool:
+    """Read until ``target`` is full; False if the file ends before."""
+    done = 0
+    while done < len(target):
+        count = file.readinto(target[done:])
+        if not count:
+            return False
+        done += count
+    return True

@@ -1,0 +1,126 @@
+"""The folder of a run: who may write into it, what is in it, and how it's finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ExportError, RunError
+from .export import EXPORTERS, Exporter, Layer, copy_side_files, read_config
+from .stream.files import sync_folder, write_json
+from .stream.journal import Journal
+from .stream.sink import Sink
+
+STATE = ".llmc"
+METRICS = "metrics.json"
+CONFIG = "config.json"
+_OURS = {STATE, METRICS, *(exporter.folder for exporter in EXPORTERS)}
+
+OnExisting = Literal["fail", "overwrite", "resume"] | None
+
+
+def tokens_digest(samples: Sequence[Tensor]) -> str:
+    """SHA-256 over the shapes and ids of token tensors."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr(tuple(sample.shape)).encode())
+        digest.update(sample.contiguous().to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Workspace:
+    """``save_path`` during a run.
+
+    Args:
+        path: the folder.
+        on_existing: what to do if it holds something.
+        fingerprint: named digests of everything that the result depends on.
+    """
+
+    def __init__(self, path: Path, on_existing: OnExisting, fingerprint: Mapping[str, str]) -> None:
+        self.path, self.state = path, path / STATE
+        self._fingerprint = dict(fingerprint)
+        self._clear = on_existing == "overwrite"
+        if path.exists() and not path.is_dir():
+            raise RunError(f"save.save_path: {path} is a file", "name a folder")
+        content = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        if self._clear:
+            self._check_only_ours(content)
+        elif content:
+            self._check_resumable(content, on_existing)
+
+    def _check_only_ours(self, content: set[str]) -> None:
+        foreign = sorted(content - _OURS)
+        if foreign:
+            raise RunError(
+                f"save.save_path: {self.path} holds {foreign[0]}, which isn't llmc's, so it won't be overwritten",
+                "choose another folder, or move it away",
+            )
+
+    def _check_resumable(self, content: set[str], on_existing: OnExisting) -> None:
+        known = self.state / "fingerprint.json"
+        if on_existing == "fail":
+            raise RunError(f"save.save_path: {self.path} isn't empty", "choose another folder, or set save.on_existing")
+        if not known.exists():
+            if content <= {STATE}:
+                return  # killed before the run had begun
+            what = "a finished run" if METRICS in content else f"{sorted(content)[0]} and no unfinished run"
+            raise RunError(
+                f"save.save_path: {self.path} holds {what}",
+                "choose another folder, or start over with --set save.on_existing=overwrite",
+            )
+        earlier: dict[str, str] = json.loads(known.read_text())
+        differing = [key for key in self._fingerprint if earlier.get(key) != self._fingerprint[key]]
+        if differing:
+            raise RunError(
+                f"save.save_path: {self.path} holds an unfinished run with another {' and another '.join(differing)}",
+                "restore that, choose another folder, or start over with --set save.on_existing=overwrite",
+            )
+
+    def open(self) -> Journal:
+        """Begin, or go on. The first thing that a run writes."""
+        if self._clear and self.path.exists():
+            for name in _OURS:
+                entry = self.path / name
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        self.state.mkdir(parents=True, exist_ok=True)
+        if not (self.state / "fingerprint.json").exists():
+            write_json(self.state / "fingerprint.json", self._fingerprint)
+        return Journal(self.state / "journal.jsonl")
+
+    def finish_output(
+        self, exporter: Exporter, sink: Sink, source: Path, layers: list[Layer], rows: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Make a folder of shards loadable: side files, index and, last of all, ``config.json``. Then look at it.
+
+        Returns:
+            Its folder, size and number of tensors.
+
+        Raises:
+            ExportError: a tensor of the original is missing.
+        """
+        for leftover in sink.folder.glob("*.tmp"):
+            leftover.unlink()
+        copy_side_files(source, sink.folder)
+        sink.write_index(rows)
+        names = {name for row in rows for name in row["outputs"][exporter.name]["names"]}
+        missing = [layer.name for layer in layers if not any(name.startswith(f"{layer.name}.") for name in names)]
+        if missing:
+            raise ExportError(f"{sink.folder}: nothing was written for {missing[0]}", "please report this")
+        write_json(sink.folder / CONFIG, exporter.config(read_config(source), layers))
+        sync_folder(sink.folder)
+        size = sum(entry.stat().st_size for entry in sink.folder.iterdir())
+        return {"folder": str(sink.folder), "bytes": size, "tensors": len(names), "serve": exporter.serve(sink.folder)}
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Write ``metrics.json`` and forget how we got here."""
+        write_json(self.path / METRICS, metrics)
+        shutil.rmtree(self.state)
+        sync_folder(self.path)
