@@ -29,12 +29,28 @@ An error in the configuration or the input ends with code 2 and one message that
 def parser() -> argparse.ArgumentParser:
     """The arguments."""
     made = argparse.ArgumentParser(
-        "python -m llmc", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m llmc",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--config", required=True, metavar="FILE", help="YAML file with the sections model, calib, eval, quant, save")
-    made.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a value, such as quant.weight.bit=3; may be repeated")
+    made.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file with the sections model, calib, eval, quant, save"
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="override a value, such as quant.weight.bit=3; may be repeated",
+    )
     made.add_argument("--task_id", metavar="NAME", help="name of the run, shown in its summary")
-    made.add_argument("--dry-run", action="store_true", help="check everything and show the plan, without reading a weight or writing anything")
+    made.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything and show the plan, without reading a weight or writing anything",
+    )
     made.add_argument("--version", action="version", version=f"llmc {__version__}")
     return made
 

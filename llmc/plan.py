@@ -68,7 +68,9 @@ def make_layers(
                 layers.append(Layer(full, rows, columns, spec, tuple(fused)))
     _check_groups(layers)
     if recipe.steps and recipe.ignored.asked and not touched:
-        raise ConfigError("ignored_layers matches no layer of this model", "names look like mlp.down_proj; --dry-run lists them")
+        raise ConfigError(
+            "ignored_layers matches no layer of this model", "names look like mlp.down_proj; --dry-run lists them"
+        )
     return layers
 
 
@@ -119,7 +121,10 @@ def make_estimate(
     width = skeleton.model.config.get_text_config().hidden_size
     size = skeleton.model.dtype.itemsize
     unit_bytes = {unit: sum(entries[name].nbytes for name in names) for unit, names in skeleton.units.items()}
-    elements = {unit: sum(entries[name].nbytes // entries[name].dtype.itemsize for name in names) for unit, names in skeleton.units.items()}
+    elements = {
+        unit: sum(entries[name].nbytes // entries[name].dtype.itemsize for name in names)
+        for unit, names in skeleton.units.items()
+    }
     read = sum(unit_bytes.values())
     kept = (calib_tokens * streams[0] + eval_tokens * streams[1]) * width * size
     widest = max((layer.columns for layer in layers), default=width)

@@ -35,6 +35,7 @@ from .stream.activations import ActivationStore
 from .stream.engine import Batches, Engine, EngineOptions, Listener
 from .stream.headers import TensorEntry, headers_digest, read_headers
 from .stream.journal import Journal
+from .stream.memory import give_back_memory
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, Skeleton, block_unit
 from .stream.skeleton import load_config as load_model_config
@@ -136,7 +137,13 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     stored = entries[names[0]].dtype if names else torch.bfloat16
     compute = make_compute_dtype(config.model.torch_dtype, stored, device)
     skeleton = Skeleton(
-        model_config, entries, blocks=adapter.blocks, head=adapter.head, dtype=compute, device=device, trust_remote_code=trust
+        model_config,
+        entries,
+        blocks=adapter.blocks,
+        head=adapter.head,
+        dtype=compute,
+        device=device,
+        trust_remote_code=trust,
     )
     recipe = make_recipe_of(config, make_spec(config, stored))
     layers = make_layers(skeleton, entries, subsets, recipe)
@@ -152,6 +159,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     for text, positions, size in evaluation_specs(config):
         windows = evaluation_windows(text, tokenizer)
         evaluations.append(Evaluation(text.name, positions, windows, batched(list(windows.tokens), size)))
+    _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
     estimate = make_estimate(
         skeleton,
         entries,
@@ -163,7 +171,20 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         on_device=device.type == "cuda",
     )
     return Prepared(
-        loaded, folder, entries, skeleton, recipe, layers, exporters, calib, evaluations, device, stored, adapter.name, warnings, estimate
+        loaded,
+        folder,
+        entries,
+        skeleton,
+        recipe,
+        layers,
+        exporters,
+        calib,
+        evaluations,
+        device,
+        stored,
+        adapter.name,
+        warnings,
+        estimate,
     )
 
 
@@ -177,6 +198,16 @@ def load_tokenizer(folder: Path, *, fast: bool, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as problem:
         raise DataError(f"{folder}: the tokenizer can't be loaded: {problem}", "is tokenizer.json there?") from problem
+
+
+def _check_tokens(folder: Path, known: int, calib: Sequence[Tensor], evaluations: Sequence[Evaluation]) -> None:
+    """Refuse text with tokens that the model has no embedding for."""
+    largest = max((int(batch.max()) for batch in [*calib, *(one.windows.tokens for one in evaluations)]), default=0)
+    if largest >= known:
+        raise DataError(
+            f"{folder}: the tokenizer gives the token {largest}, but the model knows only {known} (config.json)",
+            "do the tokenizer and the model belong together?",
+        )
 
 
 def compress(
@@ -215,20 +246,28 @@ class Silent:
 def run(prepared: Prepared, listener: Listener) -> Result:
     """Do what ``prepare`` has checked."""
     started = time.perf_counter()
+    give_back_memory()  # of the tokenizer
     save_path = prepared.config.save.save_path
     with ExitStack() as stack:
         # Without a folder to resume from, a run's state is worth nothing after it.
         kept = save_path is not None and bool(prepared.recipe.steps)
-        root = Path(save_path).expanduser() if kept and save_path else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        root = (
+            Path(save_path).expanduser()
+            if kept and save_path
+            else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        )
         workspace = Workspace(root, prepared.config.save.on_existing if kept else None, _fingerprint(prepared))
-        if prepared.estimate.disk > (free := free_disk(root)):
+        needed = prepared.estimate.disk - workspace.taken()
+        if needed > (free := free_disk(root)):
             raise RunError(
-                f"not enough disk for {root}: about {prepared.estimate.disk / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free",
+                f"not enough disk for {root}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free",
                 "free some, name another save.save_path, or save fewer formats",
             )
         journal = workspace.open()
         sinks, transformed = _sinks(prepared, workspace, keep_records=kept)
-        source = BlockSource({unit: [prepared.entries[n] for n in names] for unit, names in prepared.skeleton.units.items()})
+        source = BlockSource(
+            {unit: [prepared.entries[n] for n in names] for unit, names in prepared.skeleton.units.items()}
+        )
         stack.callback(source.close)
         budget = prepared.config.base.host_memory_gb
         store = ActivationStore(workspace.state, None if budget is None else int(budget * 2**30))
@@ -318,7 +357,9 @@ def _sinks(prepared: Prepared, workspace: Workspace, *, keep_records: bool) -> t
     if keep_records and not sinks:
         sinks = [sink(FakeQuant(prepared.recipe.spec, prepared.stored, compute), workspace.state / "compressed")]
     if keep_records and not transformed and "transformed" in _positions(prepared.evaluations):
-        transformed = [sink(Transformed(prepared.recipe.spec, prepared.stored, compute), workspace.state / "transformed")]
+        transformed = [
+            sink(Transformed(prepared.recipe.spec, prepared.stored, compute), workspace.state / "transformed")
+        ]
     return sinks, transformed[0] if transformed else None
 
 
@@ -379,7 +420,9 @@ def _perplexities(prepared: Prepared, losses: Mapping[str, list[Tensor]]) -> lis
     return found
 
 
-def _finish_outputs(prepared: Prepared, workspace: Workspace, sinks: list[Sink], journal: Journal) -> dict[str, dict[str, Any]]:
+def _finish_outputs(
+    prepared: Prepared, workspace: Workspace, sinks: list[Sink], journal: Journal
+) -> dict[str, dict[str, Any]]:
     outputs = {}
     rows = [row for row in journal.rows if row["kind"] == "unit"]
     by_name = {exporter.name: exporter for exporter in prepared.exporters}

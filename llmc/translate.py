@@ -72,7 +72,7 @@ def make_device(requested: str) -> torch.device:
 
 
 def make_compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """``model.torch_dtype``; ``auto`` is the checkpoint's on a GPU, and float32 on a CPU, which computes fastest in it."""
+    """``model.torch_dtype``; ``auto`` is the checkpoint's on a GPU, and float32 on a CPU, which is fastest in it."""
     if requested == "float8_e4m3fn":
         raise ConfigError("model.torch_dtype: float8_e4m3fn isn't available in this version", "use auto or bfloat16")
     if requested in _DTYPES:
@@ -114,7 +114,10 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
     recipe = make_recipe(quant.method, quant.options, spec, ignored, quant_out=quant.quant_out)
     if recipe.needs_data and config.calib is None:
         names = [step.algorithm.name for step in recipe.steps if step.needs.data]
-        raise ConfigError(f"{names[0]} needs calibration text, but there is no section 'calib'", "add calib with name, n_samples, seq_len and preproc")
+        raise ConfigError(
+            f"{names[0]} needs calibration text, but there is no section 'calib'",
+            "add calib with name, n_samples, seq_len and preproc",
+        )
     return recipe
 
 
@@ -122,7 +125,9 @@ def make_exporters(config: Config, spec: QuantSpec | None, stored: torch.dtype, 
     """The formats that the file asks for."""
     asked = {name for name, value in config.save if value is True}
     if asked and config.quant is None:
-        raise ConfigError("save: there is nothing to save without a section 'quant'", "add quant, or remove the save_* keys")
+        raise ConfigError(
+            "save: there is nothing to save without a section 'quant'", "add quant, or remove the save_* keys"
+        )
     return [kind(spec, stored, compute) for kind in EXPORTERS if kind.name in asked]
 
 
@@ -148,7 +153,9 @@ def evaluation_specs(config: Config) -> list[tuple[EvaluationSpec, tuple[str, ..
     """What to evaluate on, at which positions, and the batch size; entries without positions are dropped."""
     return [
         (
-            EvaluationSpec(one.name, one.path, one.download, one.seq_len or 0, one.num_chunks, one.protocol, one.text_field),
+            EvaluationSpec(
+                one.name, one.path, one.download, one.seq_len or 0, one.num_chunks, one.protocol, one.text_field
+            ),
             tuple(one.eval_pos),
             one.bs,
         )

@@ -20,6 +20,7 @@ from .stream.sink import Sink
 
 STATE = ".llmc"
 METRICS = "metrics.json"
+_FINGERPRINT = "fingerprint.json"
 CONFIG = "config.json"
 _OURS = {STATE, METRICS, *(exporter.folder for exporter in EXPORTERS)}
 
@@ -33,6 +34,24 @@ def tokens_digest(samples: Sequence[Tensor]) -> str:
         digest.update(repr(tuple(sample.shape)).encode())
         digest.update(sample.contiguous().to(torch.int64).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _difference(what: str, earlier: str | None, now: str) -> str:
+    """What differs, in words; empty if nothing does. Of a JSON object, the keys whose values differ."""
+    if earlier == now:
+        return ""
+    keys = _differing_keys(json.loads(earlier), json.loads(now)) if earlier and now.startswith("{") else []
+    return f"{what} ({', '.join(keys)})" if keys else what
+
+
+def _differing_keys(left: Any, right: Any, path: str = "") -> list[str]:
+    if isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+        left, right = dict(enumerate(left)), dict(enumerate(right))
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        return [] if left == right else [path]
+    keys = [*left, *(key for key in right if key not in left)]
+    below = [_differing_keys(left.get(key), right.get(key), f"{path}.{key}".lstrip(".")) for key in keys]
+    return [key for found in below for key in found]
 
 
 class Workspace:
@@ -65,35 +84,61 @@ class Workspace:
             )
 
     def _check_resumable(self, content: set[str], on_existing: OnExisting) -> None:
-        known = self.state / "fingerprint.json"
+        known = self.state / _FINGERPRINT
         if on_existing == "fail":
             raise RunError(f"save.save_path: {self.path} isn't empty", "choose another folder, or set save.on_existing")
         if not known.exists():
             if content <= {STATE}:
                 return  # killed before the run had begun
+            if METRICS in content:
+                shutil.rmtree(self.state, ignore_errors=True)  # killed while the finished run forgot it
             what = "a finished run" if METRICS in content else f"{sorted(content)[0]} and no unfinished run"
             raise RunError(
                 f"save.save_path: {self.path} holds {what}",
                 "choose another folder, or start over with --set save.on_existing=overwrite",
             )
         earlier: dict[str, str] = json.loads(known.read_text())
-        differing = [key for key in self._fingerprint if earlier.get(key) != self._fingerprint[key]]
+        differing = [_difference(key, earlier.get(key), now) for key, now in self._fingerprint.items()]
+        differing = [text for text in differing if text]
         if differing:
             raise RunError(
                 f"save.save_path: {self.path} holds an unfinished run with another {' and another '.join(differing)}",
                 "restore that, choose another folder, or start over with --set save.on_existing=overwrite",
             )
 
+    def taken(self) -> int:
+        """Bytes on the disk that an earlier run's files take, which this one needs not again."""
+        files = [file for name in _OURS for file in (self.path / name, *(self.path / name).rglob("*"))]
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def open(self) -> Journal:
-        """Begin, or go on. The first thing that a run writes."""
-        if self._clear and self.path.exists():
-            for name in _OURS:
-                entry = self.path / name
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-        self.state.mkdir(parents=True, exist_ok=True)
-        if not (self.state / "fingerprint.json").exists():
-            write_json(self.state / "fingerprint.json", self._fingerprint)
-        return Journal(self.state / "journal.jsonl")
+        """Begin, or go on. The first thing that a run writes.
+
+        Raises:
+            RunError: the folder can't be written.
+        """
+        try:
+            if self._clear and self.path.exists():
+                self._forget()
+                for name in _OURS:
+                    entry = self.path / name
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            self.state.mkdir(parents=True, exist_ok=True)
+            if not (self.state / _FINGERPRINT).exists():
+                write_json(self.state / _FINGERPRINT, self._fingerprint)
+            return Journal(self.state / "journal.jsonl")
+        except OSError as problem:
+            raise RunError(
+                f"save.save_path: {self.path} can't be written: {problem.strerror or problem}",
+                "choose another folder, or mend its permissions",
+            ) from problem
+
+    def _forget(self) -> None:
+        """Remove the state. Without a fingerprint, whatever is left when we are killed is never gone on with."""
+        (self.state / _FINGERPRINT).unlink(missing_ok=True)
+        if self.state.exists():
+            sync_folder(self.state)
+            shutil.rmtree(self.state)
 
     def finish_output(
         self, exporter: Exporter, sink: Sink, source: Path, layers: list[Layer], rows: list[dict[str, Any]]
@@ -114,6 +159,12 @@ class Workspace:
         missing = [layer.name for layer in layers if not any(name.startswith(f"{layer.name}.") for name in names)]
         if missing:
             raise ExportError(f"{sink.folder}: nothing was written for {missing[0]}", "please report this")
+        gone = [row["outputs"][exporter.name]["file"] for row in rows]
+        gone = [file for file in gone if not (sink.folder / file).is_file()]
+        if gone:
+            raise ExportError(
+                f"{sink.folder / gone[0]} was written and is gone", "start over with --set save.on_existing=overwrite"
+            )
         write_json(sink.folder / CONFIG, exporter.config(read_config(source), layers))
         sync_folder(sink.folder)
         size = sum(entry.stat().st_size for entry in sink.folder.iterdir())
@@ -122,5 +173,5 @@ class Workspace:
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json`` and forget how we got here."""
         write_json(self.path / METRICS, metrics)
-        shutil.rmtree(self.state)
+        self._forget()
         sync_folder(self.path)

@@ -1,12 +1,13 @@
 """AWQ (Lin et al., 2023): scale up the input channels that matter before rounding, then clip.
 
-The scale of a channel is ``mean|x|^alpha``; the previous operation absorbs it. ``alpha`` is searched by the error of the
-module that sees the effect, over all calibration tokens, with the identity as a candidate. Then the range of each row
-and group is shrunk to where its output error is least.
+The scale of a channel is ``mean|x|^alpha``; the previous operation absorbs it. ``alpha`` is searched by the error of
+the module that sees the effect, over all calibration tokens, with the identity as a candidate. Then the range of each
+row and group is shrunk to where its output error is least.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from .base import Algorithm, ClipRatios, Needs, Options, SubsetView
 
 _RATIOS = 20  # alpha = 0, 1/20, ... 19/20
 _SHRINKS = 10  # the range shrinks by 0, 5, ... 45%
+_ENOUGH = 512  # tokens that tell which half of the candidates is hopeless
 _UNCLIPPED = ("q_proj", "k_proj", "query", "key", "Wqkv", "qkv")  # queries and keys multiply: their error isn't theirs
 
 
@@ -147,9 +149,9 @@ def _race(view: SubsetView, scales: list[Tensor], *, full: bool) -> int:
     weights = {name: view.linears[name].weight.detach().float() for name in view.specs}
     losses = [0.0] * len(scales)
     running = list(range(len(scales)))
-    seen = 0
+    seen, first = 0, _first_round(view, len(calls))
     while seen < len(calls):
-        stop = len(calls) if full else min(len(calls), max(2 * seen, -(-len(calls) // 16)))
+        stop = len(calls) if full else min(len(calls), max(2 * seen, first))
         reference = {batch: calls.output(batch).float() for batch in range(seen, stop)}
         for index in running:
             trial = {name: _rounded(weight, scales[index], view.specs[name]) for name, weight in weights.items()}
@@ -158,8 +160,15 @@ def _race(view: SubsetView, scales: list[Tensor], *, full: bool) -> int:
                     losses[index] += float((calls.output(batch).float() - expected).square().sum())
         seen = stop
         running.sort(key=losses.__getitem__)
-        running = running[: max(2, len(running) // 2)]
+        staying = running[: max(2, len(running) // 2)]
+        running = staying if 0 in staying else [*staying, 0]
     return running[0]
+
+
+def _first_round(view: SubsetView, batches: int) -> int:
+    """Batches of the first round: a sixteenth, but enough of them for ``_ENOUGH`` tokens."""
+    tokens = view.stats.gram.tokens if view.stats.gram is not None else 0
+    return max(math.ceil(batches / 16), math.ceil(_ENOUGH * batches / max(tokens, 1)))
 
 
 def search_clip(weight: Tensor, gram: Tensor, spec: QuantSpec, *, symmetric: bool) -> ClipRatios:

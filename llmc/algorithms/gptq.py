@@ -91,7 +91,9 @@ class GPTQ(Algorithm):
     def _solve(self, view: SubsetView, spec: QuantSpec, names: list[str], gram: Tensor) -> None:
         dead = gram.diagonal() == 0
         weights = [view.linears[name].weight.detach().float().masked_fill(dead, 0) for name in names]
-        ranges = [clipped_qparams(weight, spec, view.clips.get(name)) for name, weight in zip(names, weights, strict=True)]
+        ranges = [
+            clipped_qparams(weight, spec, view.clips.get(name)) for name, weight in zip(names, weights, strict=True)
+        ]
         static = self._static(spec, view.columns) or any(name in view.clips for name in names)
         fixed = (torch.cat([scale for scale, _ in ranges]), torch.cat([zero for _, zero in ranges])) if static else None
         solution = solve(torch.cat(weights), gram, spec, self.options, fixed)
@@ -203,7 +205,7 @@ def _in_original_order(
     fixed: tuple[Tensor, Tensor] | None,
     damp: float,
 ) -> Solution:
-    """Undo the visiting order. Only act-order over ranges found on the way leaves groups that aren't runs of columns."""
+    """Undo the visiting order. Groups aren't runs of columns only after act-order over ranges found on the way."""
     restored = torch.empty_like(codes)
     restored[order] = codes
     if fixed is not None:

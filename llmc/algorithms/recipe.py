@@ -101,15 +101,20 @@ def make_recipe(
         chosen.append(kind(options.get(name) or kind.options_type()))  # type: ignore[call-arg]
     quantizers = [a.name for a in chosen if a.kind == "quantizer"]
     if len(quantizers) > 1:
+        legal = [a.name for a in chosen if a.kind == "transform"] + quantizers[:1]
         raise ConfigError(
             f"quant.method has two weight quantizers, {quantizers[0]} and {quantizers[1]}",
-            f"weights are rounded once: keep one, as in {[a.name for a in chosen if a.kind == 'transform'] + quantizers[:1]}",
+            f"weights are rounded once: keep one, as in {legal}",
         )
     if not quantizers:
         chosen.append(RTN(RTNOptions()))
     elif chosen[-1].kind != "quantizer":
         legal = [a.name for a in chosen if a.kind == "transform"] + quantizers
-        raise ConfigError(f"quant.method: {quantizers[0]} must come last, since it rounds the weights", f"write {legal}")
+        raise ConfigError(
+            f"quant.method: {quantizers[0]} must come last, since it rounds the weights", f"write {legal}"
+        )
     if spec is None:
-        raise ConfigError("quant.weight is missing: no grid for the weights", "add quant.weight.bit and its granularity")
+        raise ConfigError(
+            "quant.weight is missing: no grid for the weights", "add quant.weight.bit and its granularity"
+        )
     return Recipe(tuple(Step(a, a.needs(quant_out=quant_out)) for a in chosen), spec, ignored)

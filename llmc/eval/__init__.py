@@ -1,0 +1,1 @@
+"""Measures of a model that the pass over its blocks computes."""

@@ -91,7 +91,7 @@ class Exporter:
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy everything but weights and ``config.json`` byte for byte: tokenizer, templates, generation settings, code."""
+    """Copy all but weights and ``config.json`` byte for byte: tokenizer, templates, generation settings, code."""
     copied = []
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _OURS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..quant import UnitRecord
@@ -12,30 +13,36 @@ from .base import Exporter, Layer, with_dtype
 
 
 class FakeQuant(Exporter):
-    """Dequantized weights in the computing dtype: exactly the weights that were evaluated."""
+    """Dequantized weights: exactly those that were evaluated, in the narrowest dtype that holds them."""
 
     name = "save_fake"
     folder = "fake_quant_model"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the scales; with float32 scales, the computing dtype."""
+        scales = torch.float32 if self.spec is None else self.spec.scale_dtype
+        return self.compute if scales == torch.float32 else scales
+
     def nbytes(self, layer: Layer) -> int:
-        """Every weight in the computing dtype; ignored ones as they were."""
-        return layer.rows * layer.columns * (self.stored if layer.spec is None else self.compute).itemsize
+        """Quantized weights in ``dtype``; ignored ones as they were."""
+        return layer.rows * layer.columns * (self.stored if layer.spec is None else self.dtype).itemsize
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
         """Dense weights; everything else as in the original."""
-        return unit.plain | {f"{name}.weight": w.dequantize(self.compute) for name, w in unit.quantized.items()}
+        return unit.plain | {f"{name}.weight": w.dequantize(self.dtype) for name, w in unit.quantized.items()}
 
     def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
         """The values; the codes can't be told from them."""
         return UnitRecord(plain=tensors)
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
-        """The original's, with the dtype that keeps the weights exact, and no stale quantization."""
-        return with_dtype(original, self.compute)
+        """The original's, with the wider of its dtype and the weights', and no stale quantization."""
+        return with_dtype(original, torch.promote_types(self.stored, self.dtype))
 
     def serve(self, folder: Path) -> str:
-        """Load by dtype ``auto``: another one would round the weights."""
-        return f"AutoModelForCausalLM.from_pretrained('{folder}', dtype='auto')"
+        """Any loader of the original model; the evaluated dtype gives the evaluated logits."""
+        return f"AutoModelForCausalLM.from_pretrained('{folder}', dtype={self.compute})"
 
 
 class Transformed(FakeQuant):

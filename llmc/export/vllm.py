@@ -45,10 +45,22 @@ class VLLM(Exporter):
                     "quantize or ignore them together (ignored_layers)",
                 )
             if layer.spec is not None and not layer.spec.symmetric and layer.rows % 8:
-                raise ExportError(f"{layer.name}: {layer.rows} rows of zero points can't be packed by 8", "use symmetric: true")
-        odd = sorted({f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}" for x in layers if x.spec and (x.columns % 128 or x.rows % 64)})
+                raise ExportError(
+                    f"{layer.name}: {layer.rows} rows of zero points can't be packed by 8 (save_vllm)",
+                    "use symmetric: true, or write save_fake, which Transformers loads",
+                )
+        odd = sorted(
+            {
+                f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}"
+                for x in layers
+                if x.spec and (x.columns % 128 or x.rows % 64)
+            }
+        )
         if odd:
-            return [f"vLLM's fastest GPU kernel (Marlin) wants in % 128 = 0 and out % 64 = 0; it uses another for {', '.join(odd)}"]
+            return [
+                "vLLM's fastest GPU kernel (Marlin) wants in % 128 = 0 and out % 64 = 0; "
+                f"it uses another for {', '.join(odd)}"
+            ]
         return []
 
     def nbytes(self, layer: Layer) -> int:
@@ -61,7 +73,7 @@ class VLLM(Exporter):
         return codes + layer.rows * groups * layer.spec.scale_dtype.itemsize + zero + 16
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
-        """``weight_packed``, ``weight_scale``, ``weight_shape`` and, asymmetric, ``weight_zero_point`` of each weight."""
+        """``weight_packed``, ``weight_scale``, ``weight_shape`` and, if asymmetric, ``weight_zero_point`` of each."""
         stored = dict(unit.plain)
         for name, weight in unit.quantized.items():
             stored[f"{name}.weight_packed"] = pack_to_int32(weight.codes, weight.spec.bits)
@@ -87,11 +99,10 @@ class VLLM(Exporter):
         return QWeight(unpack_from_int32(tensors[f"{name}.weight_packed"], spec.bits, shape), scale, zero, spec)
 
     def independent(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
-        """compressed-tensors' own decompression, from scales widened to float32 so that it computes in float32."""
+        """compressed-tensors' own decompression."""
         if f"{name}.weight_packed" not in tensors:
             return None
         parts = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
-        parts["weight_scale"] = parts["weight_scale"].float()
         dense: Tensor = BaseCompressor.get_value_from_registry(_FORMAT).decompress(parts, self._scheme())["weight"]
         return dense
 
@@ -144,7 +155,7 @@ def _check_spec(spec: QuantSpec) -> None:
     if isinstance(spec.granularity, PerGroup) and spec.granularity.size not in _GROUPS:
         raise ExportError(
             f"vLLM has no kernel for groups of {spec.granularity.size} (save_vllm)",
-            f"use group_size {', '.join(map(str, _GROUPS))}, or per_channel, or write save_fake, which Transformers loads",
+            f"use group_size {', '.join(map(str, _GROUPS))}, or per_channel, or write save_fake for Transformers",
         )
     if not spec.symmetric and spec.bits != 4:
         raise ExportError(

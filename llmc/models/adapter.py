@@ -1,4 +1,4 @@
-"""What the algorithms must know of an architecture, as data: its blocks, and in each the Linears that share an input."""
+"""What the algorithms must know of an architecture, as data: its blocks, and the Linears that share an input."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ def fold_scale(prev: nn.Module, linears: list[nn.Linear], scale: Tensor, rule: S
 
     ``prev`` will be stored in the checkpoint's dtype ``stored``. A norm is therefore rounded to it first, and the
     Linears are multiplied by the ratio that this rounding really left: the product is preserved exactly, where the
-    naive fold would leave an error of half a bfloat16 step in every channel.
+    naive fold would leave an error of half a bfloat16 step in every channel. Arithmetic is float32, or wider where the
+    weights are.
 
     Raises:
         TypeError: ``prev`` has no weight to scale.
@@ -60,19 +61,21 @@ def fold_scale(prev: nn.Module, linears: list[nn.Linear], scale: Tensor, rule: S
     weight = prev.weight
     if not isinstance(weight, nn.Parameter):
         raise TypeError(f"{type(prev).__name__} has no weight that could absorb a scale")
-    divisor = rule.to_prev(scale).float()
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    scale = scale.to(exact)
+    divisor = rule.to_prev(scale)
     with torch.no_grad():
         if weight.dim() == 1:
-            original = weight.float()
-            folded = (original / divisor).to(stored).float()
+            original = weight.to(exact)
+            folded = (original / divisor).to(stored).to(exact)
             usable = (folded != 0) & folded.isfinite() & (original != 0)
             folded = torch.where(usable, folded, original)
             scale = torch.where(usable, original / folded, torch.ones_like(divisor))
             divisor = scale
             weight.copy_(folded)
         else:
-            weight.copy_(weight.float() / divisor[:, None])
+            weight.copy_(weight.to(exact) / divisor[:, None])
         if isinstance(bias := getattr(prev, "bias", None), nn.Parameter):
-            bias.copy_(bias.float() / divisor)
+            bias.copy_(bias.to(exact) / divisor)
         for linear in linears:
-            linear.weight.copy_(linear.weight.float() * scale)
+            linear.weight.copy_(linear.weight.to(exact) * scale)

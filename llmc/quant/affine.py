@@ -50,9 +50,10 @@ def qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a scale to its stored dtype and return it as float32; what isn't usable as a divisor becomes 1."""
-    rounded = scale.to(dtype).float()
-    return torch.where((rounded == 0) | ~rounded.isfinite(), torch.ones_like(rounded), rounded)
+    """Round a scale to its stored dtype and return it as float32; 0 and NaN, which can't divide, become 1."""
+    largest = torch.finfo(dtype).max
+    rounded = scale.clamp(-largest, largest).to(dtype).float()
+    return torch.where((rounded == 0) | rounded.isnan(), torch.ones_like(rounded), rounded)
 
 
 def quantize(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
@@ -94,14 +95,12 @@ def group_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize_weight(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Round-to-nearest of ``[out, in]``, in float32: what ``quantize_weight(...).dequantize()`` gives."""
+    """Round-to-nearest of ``[out, in]``, in float32: what a search compares. It isn't rounded to the scales' dtype."""
     groups = to_groups(weight, spec)
     return fake_quantize(groups, *qparams(*find_ranges(groups, spec), spec), spec).reshape(weight.shape)
 
 
-def quantize_weight(
-    weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Tensor] | None = None
-) -> QWeight:
+def quantize_weight(weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Tensor] | None = None) -> QWeight:
     """Round-to-nearest of a weight ``[out, in]``.
 
     Args:

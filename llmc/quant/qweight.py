@@ -43,18 +43,26 @@ class QWeight:
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``[out, in]``. Computed in float32, rounded once to ``dtype``."""
+        """The weight ``[out, in]`` in ``dtype``, holding values of the scales' dtype.
+
+        A product of code and scale has more digits than a 16-bit scale. Backends multiply in the dtype of the scales
+        and keep what fits, so that is the weight which is evaluated, propagated and saved. It's computed in float32
+        and rounded once; ask for ``scale_dtype: float32`` to lose nothing.
+        """
+        return self._exact().to(self.spec.scale_dtype).to(dtype)
+
+    def _exact(self) -> Tensor:
         scale, zero = self.scale.float(), None if self.zero is None else self.zero.float()
         if self.group_index is not None:
             index = self.group_index.long()
             values = self.codes.float()
             values = values if zero is None else values - zero[:, index]
-            return (values * scale[:, index]).to(dtype)
+            return values * scale[:, index]
         shape = (1, 1, -1) if isinstance(self.spec.granularity, PerTensor) else (*scale.shape, -1)
         values = self.codes.float().reshape(shape)
         if zero is not None:
             values -= zero[..., None]
-        return (values * scale[..., None]).reshape(self.codes.shape).to(dtype)
+        return (values * scale[..., None]).reshape(self.codes.shape)
 
     def to(self, device: torch.device | str) -> QWeight:
         """The same on another device."""

@@ -79,7 +79,13 @@ class Console:
     @contextmanager
     def progress(self) -> Iterator[ProgressListener]:
         """A bar while the context lasts."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self._rich, disable=not self._rich.is_terminal) as bar:
             yield ProgressListener(self._rich, bar)
 
@@ -113,11 +119,15 @@ class Console:
         facts: dict[str, str] = {}
         original = metrics["model"]["bytes"]
         for name, output in result.outputs.items():
-            facts[f"size ({name})"] = f"{human(original)} -> {human(output['bytes'])} ({output['bytes'] / original:.0%})"
+            facts[f"size ({name})"] = (
+                f"{human(original)} -> {human(output['bytes'])} ({output['bytes'] / original:.0%})"
+            )
         if metrics["bits_per_weight"] is not None:
             facts["bits per weight"] = f"{metrics['bits_per_weight']:.2f} in the quantized layers"
         for one in result.perplexities:
-            facts[f"perplexity ({one.position})"] = f"{one.value:.4f} on {one.name}, {one.windows} windows of {one.seq_len}"
+            facts[f"perplexity ({one.position})"] = (
+                f"{one.value:.4f} on {one.name}, {one.windows} windows of {one.seq_len}"
+            )
         facts["time"] = duration(metrics["seconds"])
         facts["peak memory"] = human(metrics["peak_host_bytes"])
         if metrics["peak_device_bytes"]:

@@ -67,8 +67,6 @@ def make_metrics(
         "peak_host_bytes": measured.peak_host,
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
-        "blocks": [
-            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales")} for row in blocks
-        ],
+        "blocks": [{key: row[key] for key in ("unit", "seconds", "error", "layers", "scales")} for row in blocks],
         "config": dict(config),
     }

@@ -66,7 +66,7 @@ class ActivationStore:
             with path.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, max(nbytes, 1))
             flat = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=dtype)
-            batches = [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+            batches = [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
         self.streams[name] = Stream(name, batches)
         return self.streams[name]
 

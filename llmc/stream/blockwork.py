@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from ..algorithms import ClipRatios, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
 from ..quant import QWeight, UnitRecord
-from .stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
+from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,11 @@ class BlockWork:
         for name, parameter in self._parameters():
             owner = name.removeprefix(f"{self.prefix}.").rpartition(".")[0]
             spec = self.context.recipe.spec_of(self.index, owner, f"{self.prefix}.{owner}")
-            if spec is None or not name.endswith(".weight") or not isinstance(self.block.get_submodule(owner), nn.Linear):
+            if (
+                spec is None
+                or not name.endswith(".weight")
+                or not isinstance(self.block.get_submodule(owner), nn.Linear)
+            ):
                 parameter.data.copy_(parameter.data.to(self.stored[name][1]))
 
     # --- results -----------------------------------------------------------------------------------------------------
@@ -196,3 +201,16 @@ class BlockWork:
             stored_name = self.stored[name][0]
             tensor = dense[stored_name] if stored_name in dense else record.plain[stored_name]
             parameter.data.copy_(tensor)
+
+    @contextmanager
+    def holding(self, record: UnitRecord) -> Iterator[None]:
+        """Within the context the block has a record's weights."""
+        kept = [(parameter, parameter.data) for _, parameter in self._parameters()]
+        try:
+            for parameter, data in kept:
+                parameter.data = torch.empty_like(data)
+            self.set_weights(record)
+            yield
+        finally:
+            for parameter, data in kept:
+                parameter.data = data

@@ -7,7 +7,7 @@ called differently (sliding and full attention, several rope sets): the argument
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ class Call:
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run a block as the model would; ``hidden`` is ``[batch, tokens, hidden]``, so is the result."""
         output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
 
 
 class _LastBlock(Exception):
@@ -90,17 +91,16 @@ def record(skeleton: Skeleton, tokens: Tensor) -> Recorded:
     Raises:
         ModelError: code between two blocks changes the hidden state, which a pass over blocks would lose.
     """
-    with _recording(skeleton.blocks, None) as recorders:
-        try:
-            skeleton.model(input_ids=tokens, use_cache=False)
-        except _LastBlock:
-            pass
+    with _recording(skeleton.blocks, None) as recorders, suppress(_LastBlock):
+        skeleton.model(input_ids=tokens, use_cache=False)
     first = recorders[0].hidden
     if first is None:
         raise ModelError("the model never called its blocks", "the adapter's path of the blocks must be wrong")
     for index, recorder in enumerate(recorders):
         if recorder.hidden is not first:
-            raise ModelError(f"the model changes the hidden state in front of block {index}", "it needs an adapter of its own")
+            raise ModelError(
+                f"the model changes the hidden state in front of block {index}", "it needs an adapter of its own"
+            )
     calls = [recorder.call for recorder in recorders if recorder.call is not None]
     return Recorded(first, calls)
 
@@ -119,7 +119,9 @@ def token_losses(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
         with _recording(skeleton.blocks, part), _stubbed(skeleton, part):
             logits = skeleton.model(input_ids=tokens[:, start:stop], use_cache=False).logits.float()
         target = tokens[:, start + 1 : stop + 1]
-        losses.append(nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target))
+        losses.append(
+            nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        )
     return torch.cat(losses, dim=1)
 
 
@@ -127,7 +129,7 @@ def token_losses(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
 def _stubbed(skeleton: Skeleton, returned: Tensor) -> Iterator[None]:
     stubbed: Sequence[nn.Module] = skeleton.modules_of(EMBED)
     for module in stubbed:
-        module.forward = lambda *args, **kwargs: returned  # type: ignore[method-assign]
+        module.forward = lambda *args, **kwargs: returned
     try:
         yield
     finally:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -21,6 +19,7 @@ from .activations import ActivationStore, Stream
 from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
 from .journal import Journal
+from .memory import give_back_memory
 from .sink import Sink
 from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
 from .source import BlockSource
@@ -159,13 +158,15 @@ class Engine:
         self._skeleton.load(raw)
         resumed = self._journal.last("activations") is not None
         for name, batches in self._wanted_streams().items():
-            hidden = [self._record(tokens) for tokens in batches]
-            shapes = [(part.shape[0], part.shape[1], part.shape[2]) for part in hidden]
+            width = self._skeleton.model.config.get_text_config().hidden_size
+            shapes = [(tokens.shape[0], tokens.shape[1], width) for tokens in batches]
             stream = self._store.add(name, shapes, self._skeleton.model.dtype)
-            for index, part in enumerate(hidden):
+            for index, tokens in enumerate(batches):
+                hidden = self._record(tokens)
                 if not resumed:
-                    stream.store(index, part)
+                    stream.store(index, hidden)
         self._skeleton.release_unit(EMBED)
+        give_back_memory()
         return raw if self._skeleton.tied_head and self._evaluation.positions else {}
 
     def _wanted_streams(self) -> dict[str, Sequence[Tensor]]:
@@ -219,7 +220,7 @@ class Engine:
         self._gate(index)
         self._skeleton.release(block)
         del work, block
-        _give_back_memory()
+        give_back_memory()
         self._listener.block(index, row)
         if (index + 1) % self._options.checkpoint_every == 0 and index + 1 < self._count and self._store.streams:
             self._checkpoint(index)
@@ -228,10 +229,13 @@ class Engine:
         original, compressed = self._run(index, "calib.original"), self._run(index, "calib.compressed")
         self._timed("calibrate", lambda: work.transform(original, compressed))
         outputs: dict[str, Any] = {}
-        if self._transformed is not None:
-            record_ = work.record(quantized=False)
-            outputs[self._transformed.format.name] = self._write(self._transformed, unit, record_)
-        self._propagate(index, "eval.transformed", "evaluate")
+        if self._transformed is not None or "eval.transformed" in self._store.streams:
+            plain = work.record(quantized=False)
+            if self._transformed is not None:
+                outputs[self._transformed.format.name] = self._write(self._transformed, unit, plain)
+            with work.holding(plain):  # what is evaluated is what is written, the steps go on with the exact weights
+                self._propagate(index, "eval.transformed", "evaluate")
+            del plain
         propagated = self._timed("calibrate", lambda: work.quantize(original, compressed))
         done = work.record(quantized=True)
         for sink in self._sinks:
@@ -340,10 +344,12 @@ class Engine:
 
     def _prefix(self, index: int) -> str:
         block = self._skeleton.blocks[index]
-        return next(name for name, module in self._skeleton.model.named_modules() if module is block)
+        names: Iterator[str] = (name for name, module in self._skeleton.model.named_modules() if module is block)
+        return next(names)
 
     def _write(self, sink: Sink, unit: str, unit_record: UnitRecord) -> dict[str, Any]:
-        return self._timed("write", lambda: sink.write(unit, unit_record))
+        written: dict[str, Any] = self._timed("write", lambda: sink.write(unit, unit_record))
+        return written
 
     def _timed(self, kind: str, work: Any) -> Any:
         started = time.perf_counter()
@@ -354,14 +360,3 @@ class Engine:
 
 def _note(note: LayerNote) -> dict[str, Any]:
     return {"error": note.error, "damp": note.damp, "fallback": note.fallback}
-
-
-def _give_back_memory() -> None:
-    """Return a finished block's memory to the system: the C library would keep it for itself."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another C library

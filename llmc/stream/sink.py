@@ -17,7 +17,10 @@ from .files import sha256, write_json, write_tensors
 class UnitFormat(Protocol):
     """The part of an exporter that the engine needs: a pure function of a unit's record, and its inverse."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the journal calls it."""
+        ...
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
         """Stored tensors of a unit."""

@@ -75,9 +75,11 @@ class Skeleton:
         device: torch.device,
         trust_remote_code: bool = False,
     ) -> None:
-        transformers_logging.disable_progress_bar()
+        logging: Any = transformers_logging  # parts of it have no annotations
+        logging.disable_progress_bar()
         with init_empty_weights(include_buffers=False):
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            auto: Any = AutoModelForCausalLM  # from_config has no annotations
+            self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.eval()
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
         if wrong:
@@ -137,18 +139,21 @@ class Skeleton:
         Raises:
             CheckpointError: a shape or name doesn't fit the configuration.
         """
+        mapping: Any = get_model_conversion_mapping(self.model)  # annotated more loosely than what takes it
         info, _ = convert_and_load_state_dict_in_model(
             self.model,
             dict(tensors),
             LoadStateDictConfig(
-                weight_mapping=get_model_conversion_mapping(self.model),
+                weight_mapping=mapping,
                 device_map={"": self._device},
                 dtype=self.model.dtype,
             ),
         )
         if info.mismatched_keys:
             name = sorted(str(key) for key in info.mismatched_keys)[0]
-            raise CheckpointError(f"{name}: the shape doesn't fit config.json", "do config.json and the weights belong together?")
+            raise CheckpointError(
+                f"{name}: the shape doesn't fit config.json", "do config.json and the weights belong together?"
+            )
         problems = [*info.unexpected_keys, *info.conversion_errors, *info.error_msgs]
         if problems:
             raise CheckpointError(f"transformers could not load {problems[0]}", "is the checkpoint complete?")
@@ -189,5 +194,6 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"{name}: {bad} of {tensor.numel()} values are NaN or infinite",
-                "the checkpoint is damaged: download this shard again and run the same command, the run goes on from here",
+                "the checkpoint is damaged: download this shard again and run the same command, "
+                "the run goes on from here",
             )

@@ -48,7 +48,7 @@ class BlockSource:
             raw = torch.empty(entry.nbytes, dtype=torch.uint8)
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(entry.offset)
-                if not _fill(file, memoryview(raw.numpy())):
+                if not _fill(file, raw.numpy().data):
                     raise CheckpointError(
                         f"{entry.file} ends within {entry.name}: it became shorter since the run began",
                         "restore the file and run the same command, the run goes on from here",

@@ -4,8 +4,8 @@
 subset is about to be called, and waits there until the subset is solved; then it goes on with the compressed weights.
 What it holds while it waits (the residual, the subset's input) is what a capture would have kept anyway.
 
-``run_replayed`` runs the whole block again for every subset. It holds one batch at a time, so it's for blocks whose held
-activations don't fit, and it's the oracle of the other: same statistics, same bytes.
+``run_replayed`` runs the whole block again for every subset. It holds one batch at a time, so it's for blocks whose
+held activations don't fit, and it's the oracle of the other: same statistics, same bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..algorithms import Statistics
 from .activations import Stream
 from .calls import Call
+from .memory import trim_heap
 
 Solve = Callable[[int, Statistics, "HeldCalls"], None]
 """Called with a stage's index, its statistics and the inspected module's calls."""
@@ -146,6 +147,7 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
             for batch in waiting:
                 if batch.stage < index:
                     batch.switch()
+            trim_heap()
             calls = [batch.inspected for batch in waiting if batch.stage == index and batch.inspected is not None]
             solve(index, statistics[index], HeldCalls(stage.inspect or run.block, calls))
             statistics[index] = Statistics()

@@ -1,0 +1,101 @@
+"""Which lists of methods make sense, in what order, and which weights they touch."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmc.algorithms import Ignored, make_recipe
+from llmc.algorithms.gptq import GPTQOptions
+from llmc.errors import ConfigError
+from llmc.quant import PerChannel, QuantSpec
+
+SPEC = QuantSpec(4, True, PerChannel())
+
+
+def recipe(*methods: str, spec: QuantSpec | None = SPEC, ignored: Ignored | None = None, quant_out: bool | None = None):
+    return make_recipe(methods, {}, spec, ignored or Ignored(), quant_out=quant_out)
+
+
+@pytest.mark.parametrize(
+    ("methods", "steps"),
+    [
+        (["RTN"], ["RTN"]),
+        (["GPTQ"], ["GPTQ"]),
+        (["Awq"], ["Awq", "RTN"]),
+        (["Awq", "GPTQ"], ["Awq", "GPTQ"]),
+        (["Awq", "RTN"], ["Awq", "RTN"]),
+        ([], ["RTN"]),
+    ],
+)
+def test_a_recipe_ends_with_one_quantizer(methods, steps):
+    assert [step.algorithm.name for step in recipe(*methods).steps] == steps
+
+
+@pytest.mark.parametrize(
+    ("methods", "problem", "remedy"),
+    [
+        (["GPTQ", "Awq"], "GPTQ must come last", "['Awq', 'GPTQ']"),
+        (["GPTQ", "RTN"], "two weight quantizers, GPTQ and RTN", "['GPTQ']"),
+        (["Awq", "RTN", "GPTQ"], "two weight quantizers, RTN and GPTQ", "['Awq', 'RTN']"),
+        (["Awq", "Awq"], "names a method twice", "once"),
+    ],
+)
+def test_a_list_that_makes_no_sense_is_refused_with_one_that_does(methods, problem, remedy):
+    with pytest.raises(ConfigError) as error:
+        recipe(*methods)
+    assert problem in error.value.message
+    assert remedy in error.value.remedy
+
+
+def test_a_quantizer_needs_a_grid():
+    with pytest.raises(ConfigError, match=r"quant\.weight is missing"):
+        recipe("GPTQ", spec=None)
+
+
+def test_options_reach_their_method():
+    made = make_recipe(["Awq", "GPTQ"], {"GPTQ": GPTQOptions(percdamp=0.5)}, SPEC, Ignored(), quant_out=None)
+    assert made.steps[1].algorithm.options.percdamp == 0.5
+
+
+@pytest.mark.parametrize(
+    ("methods", "quant_out", "original", "compressed"),
+    [
+        (["RTN"], None, False, False),
+        (["RTN"], True, False, False),
+        (["GPTQ"], None, False, True),
+        (["GPTQ"], False, True, False),
+        (["Awq"], None, True, False),
+        (["Awq"], True, False, True),
+        (["Awq", "GPTQ"], None, True, True),
+        (["Awq", "GPTQ"], False, True, False),
+        (["Awq", "GPTQ"], True, False, True),
+    ],
+)
+def test_only_streams_that_a_step_reads_are_asked_for(methods, quant_out, original, compressed):
+    made = recipe(*methods, quant_out=quant_out)
+    assert (made.original_stream, made.compressed_stream) == (original, compressed)
+    assert made.needs_data == (original or compressed)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "covered"),
+    [
+        (Ignored(), []),
+        (Ignored(layers=frozenset({"down_proj"})), [(0, "mlp.down_proj"), (1, "mlp.down_proj")]),
+        (Ignored(layers=frozenset({"mlp.down_proj"})), [(0, "mlp.down_proj"), (1, "mlp.down_proj")]),
+        (Ignored(layers=frozenset({"n_proj"})), []),  # whole names only
+        (Ignored(layers=frozenset({"down_proj"}), blocks=frozenset({1})), [(1, "mlp.down_proj")]),
+        (Ignored(blocks=frozenset({0})), [(0, "mlp.down_proj"), (0, "mlp.up_proj")]),
+        (Ignored(full_names=frozenset({"model.layers.1.mlp.up_proj"})), [(1, "mlp.up_proj")]),
+    ],
+)
+def test_ignored_linears_have_no_grid(ignored, covered):
+    made = recipe("RTN", ignored=ignored)
+    without = [
+        (block, name)
+        for block in (0, 1)
+        for name in ("mlp.down_proj", "mlp.up_proj")
+        if made.spec_of(block, name, f"model.layers.{block}.{name}") is None
+    ]
+    assert without == covered
+    assert ignored.asked == (ignored != Ignored())

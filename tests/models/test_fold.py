@@ -1,0 +1,192 @@
+"""Folding a scale leaves every architecture's block as it was, in exact arithmetic and with rounded norms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from llmc.models import Heads, ScaleRule, Subset, find_adapter, fold_scale, heads_of, scale_rule
+
+TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+ROTARY = {**TINY, "intermediate_size": 40, "max_position_embeddings": 64}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**ROTARY, num_key_value_heads=4),
+    "llama-gqa": LlamaConfig(**ROTARY, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
+    "mistral": MistralConfig(**ROTARY, num_key_value_heads=2, sliding_window=4),
+    "qwen2": Qwen2Config(**ROTARY, num_key_value_heads=2),
+    "qwen2-mha": Qwen2Config(**ROTARY, num_key_value_heads=4),
+    "qwen3": Qwen3Config(**ROTARY, num_key_value_heads=2, head_dim=16),
+    "opt": OPTConfig(**TINY, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=32),
+    "opt-post-norm": OPTConfig(
+        **TINY, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False
+    ),
+}
+
+
+def model_of(config: PretrainedConfig) -> PreTrainedModel:
+    """Random weights, biases and norms, no signs preferred, in float64 throughout: Transformers' RMSNorm goes through
+    float32, where an error below 1e-7 would hide."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa").eval()
+    for name, module in list(model.named_modules()):
+        if type(module).__name__.endswith("RMSNorm"):
+            exact = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
+            model.set_submodule(name, exact)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    return model
+
+
+def block_of(model: PreTrainedModel) -> nn.Module:
+    return model.get_submodule(find_adapter("auto", model.config.model_type).blocks)[0]
+
+
+@torch.no_grad()
+def output_of(model: PreTrainedModel) -> Tensor:
+    """The first block's output in a run of the model's own code."""
+    outputs = []
+    hook = block_of(model).register_forward_hook(lambda module, args, output: outputs.append(output))
+    model(torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1)))
+    hook.remove()
+    return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+
+
+def foldable(config: PretrainedConfig) -> list[Subset]:
+    return [subset for subset in find_adapter("auto", config.model_type).subsets(config) if subset.prev is not None]
+
+
+def fold(model: PreTrainedModel, subset: Subset, stored: torch.dtype, seed: int = 0) -> None:
+    """Fold random scales between 1/8 and 8."""
+    block, heads = block_of(model), heads_of(model.config)
+    prev = block.get_submodule(subset.prev)
+    linears = [block.get_submodule(name) for name in subset.linears]
+    columns = linears[0].weight.shape[1]
+    rule = scale_rule(subset, prev, columns, heads, allow_gqa=True)
+    exponents = torch.rand(columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6 - 3
+    fold_scale(prev, linears, rule.tie(torch.exp2(exponents)), rule, stored)
+
+
+def change(before: Tensor, after: Tensor) -> float:
+    return ((after - before).abs().max() / before.abs().max()).item()
+
+
+CASES = [
+    pytest.param(name, subset, id=f"{name}-{subset.inspect}-{subset.reads}")
+    for name, config in CONFIGS.items()
+    for subset in foldable(config)
+]
+
+
+@pytest.mark.parametrize(("name", "subset"), CASES)
+@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16, torch.float16])
+def test_folding_a_scale_preserves_the_block(name, subset, stored):
+    model = model_of(CONFIGS[name])
+    before = output_of(model)
+    kept = [parameter.clone() for parameter in block_of(model).parameters()]
+    fold(model, subset, stored)
+    assert change(before, output_of(model)) < 1e-10
+    changed = sum(not torch.equal(a, b) for a, b in zip(kept, block_of(model).parameters(), strict=True))
+    assert changed >= len(subset.linears) + 1
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_folds_of_a_block_go_together(name):
+    model = model_of(CONFIGS[name])
+    before = output_of(model)
+    for seed, subset in enumerate(foldable(model.config)):
+        fold(model, subset, torch.bfloat16, seed)
+    assert change(before, output_of(model)) < 1e-10
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_folded_norm_is_stored_without_a_rounding(name, stored):
+    model = model_of(CONFIGS[name])
+    norms = [subset for subset in foldable(model.config) if "norm" in subset.prev]
+    for subset in norms:
+        fold(model, subset, stored)
+        weight = block_of(model).get_submodule(subset.prev).weight
+        assert torch.equal(weight, weight.to(stored).double())
+    assert len(norms) == (0 if name == "opt-post-norm" else 2)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_float32_weights_are_folded_to_float32_precision(stored):
+    model = model_of(CONFIGS["llama-gqa"]).float()
+    exact = output_of(model.double())
+    model.float()
+    for subset in foldable(model.config):
+        fold(model, subset, stored)
+    assert change(exact, output_of(model.double())) < 1e-6
+
+
+def norm_and_linear(weight: list[float]) -> tuple[nn.RMSNorm, nn.Linear]:
+    norm, linear = nn.RMSNorm(len(weight), eps=1e-6), nn.Linear(len(weight), 3, bias=False)
+    norm.weight.data = torch.tensor(weight)
+    return norm, linear
+
+
+@pytest.mark.parametrize(
+    ("stored", "scale"),
+    [
+        (torch.float16, 1e8),  # 1/scale is 0 in float16
+        (torch.float16, 1e-6),  # and 1/scale infinite
+        (torch.bfloat16, 4.0),
+    ],
+)
+def test_channels_that_could_not_be_stored_keep_their_scale(stored, scale):
+    """The second channel's norm is 0: nothing divides it. The third is folded as asked."""
+    norm, linear = norm_and_linear([1.0, 0.0, 2.0])
+    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    before, kept = linear(norm(inputs)), linear.weight.clone()
+    fold_scale(norm, [linear], torch.tensor([scale, scale, 2.0]), ScaleRule(), stored)
+    torch.testing.assert_close(linear(norm(inputs)), before)
+    assert norm.weight.tolist() == [1.0 if stored == torch.float16 else 0.25, 0.0, 1.0]
+    assert torch.equal(linear.weight[:, 1], kept[:, 1])
+
+
+def test_what_has_no_weight_absorbs_nothing():
+    bare = nn.RMSNorm(3, elementwise_affine=False)
+    with pytest.raises(TypeError, match="RMSNorm has no weight"):
+        fold_scale(bare, [nn.Linear(3, 3)], torch.ones(3), ScaleRule(), torch.float32)
+
+
+def test_post_norms_feed_no_linear():
+    adapter = find_adapter("auto", "opt")
+    prevs = {subset.linears[0]: subset.prev for subset in adapter.subsets(CONFIGS["opt-post-norm"])}
+    assert prevs == {"self_attn.q_proj": None, "self_attn.out_proj": "self_attn.v_proj", "fc1": None, "fc2": "fc1"}
+
+
+@pytest.mark.parametrize(
+    ("reads", "prev_rows", "allow_gqa", "expected"),
+    [
+        ("residual", 32, False, ScaleRule()),
+        ("heads", 32, False, ScaleRule()),
+        ("heads", 8, True, ScaleRule(repeat=4, head_dim=4)),
+        ("heads", 8, False, None),
+        ("ffn", 8, True, None),  # as many channels by chance: no heads
+        ("heads", 16, True, None),
+    ],
+)
+def test_a_scale_is_absorbed_where_channels_correspond(reads, prev_rows, allow_gqa, expected):
+    subset, heads = Subset(("o",), "v", "o", reads=reads), Heads(query=8, kv=2, dim=4)
+    assert scale_rule(subset, nn.Linear(16, prev_rows), 32, heads, allow_gqa=allow_gqa) == expected
+
+
+def test_query_heads_of_a_value_head_are_tied_by_their_geometric_mean():
+    rule = ScaleRule(repeat=2, head_dim=1)
+    tied = rule.tie(torch.tensor([1.0, 4.0, 9.0, 16.0]))  # two value heads with two query heads each
+    torch.testing.assert_close(tied, torch.tensor([2.0, 2.0, 12.0, 12.0]))
+    torch.testing.assert_close(rule.to_prev(tied), torch.tensor([2.0, 12.0]))
