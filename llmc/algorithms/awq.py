@@ -153,11 +153,17 @@ def _race(view: SubsetView, scales: list[Tensor], *, full: bool) -> int:
     while seen < len(calls):
         stop = len(calls) if full else min(len(calls), max(2 * seen, first))
         reference = {batch: calls.output(batch).float() for batch in range(seen, stop)}
+        # In the last round only the best matters: who is worse than a finished one needn't run to the end.
+        bound = math.inf
         for index in running:
             trial = {name: _rounded(weight, scales[index], view.specs[name]) for name, weight in weights.items()}
             with view.trial(trial):
                 for batch, expected in reference.items():
+                    if losses[index] > bound:
+                        break
                     losses[index] += float((calls.output(batch).float() - expected).square().sum())
+            if stop == len(calls):
+                bound = min(bound, losses[index])
         seen = stop
         running.sort(key=losses.__getitem__)
         staying = running[: max(2, len(running) // 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from contextlib import suppress
 
 import torch
 
@@ -11,10 +12,8 @@ import torch
 def trim_heap() -> None:
     """Return the holes in the C library's heap. What is freed between tensors that are kept isn't reused for larger
     ones: without this, a block's peak would be a third above what it holds."""
-    try:
+    with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another C library
 
 
 def give_back_memory() -> None:
