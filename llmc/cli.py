@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(given: Any) -> int:
     from .algorithms import options_types
     from .config import load_config
+    from .prepare import prepare
     from .report.console import Console
-    from .run import prepare, run
+    from .run import run
 
     loaded = load_config(given.config, given.overrides, options_types())
     console = Console(given.task_id)

@@ -1,4 +1,4 @@
-"""A run from its configuration to its result. The only file that knows every package."""
+"""A run from its configuration to its result. With ``prepare.py`` the only file that knows every package."""
 
 from __future__ import annotations
 
@@ -17,85 +17,29 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, set_seed
 
 from . import __version__
-from .algorithms import Recipe, options_types
-from .config import Config, LoadedConfig, load_config
-from .data import EvaluationWindows, calibration_samples, evaluation_windows
-from .errors import DataError, RunError
+from .algorithms import options_types
+from .config import LoadedConfig, load_config
+from .errors import RunError
 from .eval.perplexity import Perplexity, perplexity
-from .export import Exporter, Layer, check_shard
+from .export import Exporter, check_shard
 from .export.dense import FakeQuant, Transformed
 from .models import find_adapter, heads_of
-from .models.locate import locate_checkpoint
-from .plan import Estimate, bits_per_weight, free_disk, make_estimate, make_layers, original_bytes, stored_dtype
+from .plan import bits_per_weight, free_disk, original_bytes
+from .prepare import Prepared, positions_of, prepare, state_of
 from .report.metrics import Measured, make_metrics
 from .stream.activations import ActivationStore
 from .stream.engine import Batches, Engine, EngineOptions, Listener
-from .stream.headers import TensorEntry, headers_digest, read_headers
+from .stream.headers import headers_digest
 from .stream.journal import Journal
 from .stream.memory import give_back_memory
 from .stream.sink import Sink
-from .stream.skeleton import EMBED, HEAD, Skeleton, block_unit
-from .stream.skeleton import load_config as load_model_config
+from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
-from .translate import (
-    batched,
-    calibration_spec,
-    evaluation_specs,
-    make_compute_dtype,
-    make_device,
-    make_exporters,
-    make_recipe_of,
-    make_spec,
-    refuse_unavailable,
-)
 from .workspace import Workspace, tokens_digest
 
 _TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward")  # of base: no influence on the result
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One text to evaluate on.
-
-    Attributes:
-        name: as the configuration calls it.
-        positions: the states of the model, as the configuration calls them.
-        windows: the tokens.
-        batches: the same in batches.
-    """
-
-    name: str
-    positions: tuple[str, ...]
-    windows: EvaluationWindows
-    batches: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is known before a weight is read."""
-
-    loaded: LoadedConfig
-    folder: Path
-    entries: Mapping[str, TensorEntry]
-    skeleton: Skeleton
-    recipe: Recipe
-    layers: list[Layer]
-    exporters: list[Exporter]
-    calib: list[Tensor]
-    evaluations: list[Evaluation]
-    device: torch.device
-    stored: torch.dtype
-    adapter: str
-    warnings: list[str]
-    estimate: Estimate
-
-    @property
-    def config(self) -> Config:
-        """The configuration."""
-        return self.loaded.config
 
 
 @dataclass(frozen=True)
@@ -113,101 +57,6 @@ class Result:
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     perplexities: list[Perplexity] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
-
-
-def prepare(loaded: LoadedConfig) -> Prepared:
-    """Check the configuration against the checkpoint, the text and the backends. Reads headers and text, no weight.
-
-    Raises:
-        LlmcError: whatever would stop the run later.
-    """
-    config = loaded.config
-    refuse_unavailable(config)
-    device = make_device(config.base.device)
-    if config.base.threads:
-        torch.set_num_threads(config.base.threads)
-    set_seed(config.base.seed)
-    trust = config.model.trust_remote_code
-    folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
-    model_config = load_model_config(folder, trust_remote_code=trust)
-    adapter = find_adapter(config.model.type, model_config.model_type)
-    entries = read_headers(folder)
-    subsets = adapter.subsets(model_config.get_text_config())
-    names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
-    stored = entries[names[0]].dtype if names else torch.bfloat16
-    compute = make_compute_dtype(config.model.torch_dtype, stored, device)
-    skeleton = Skeleton(
-        model_config,
-        entries,
-        blocks=adapter.blocks,
-        head=adapter.head,
-        dtype=compute,
-        device=device,
-        trust_remote_code=trust,
-    )
-    recipe = make_recipe_of(config, make_spec(config, stored))
-    layers = make_layers(skeleton, entries, subsets, recipe)
-    stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe.spec, stored, compute)
-    warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
-    tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-    spec = calibration_spec(config)
-    calib: list[Tensor] = []
-    if spec is not None and config.calib is not None and recipe.needs_data:
-        calib = batched(calibration_samples(spec, tokenizer), config.calib.bs)
-    evaluations = []
-    for text, positions, size in evaluation_specs(config):
-        windows = evaluation_windows(text, tokenizer)
-        evaluations.append(Evaluation(text.name, positions, windows, batched(list(windows.tokens), size)))
-    _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
-    estimate = make_estimate(
-        skeleton,
-        entries,
-        layers,
-        exporters,
-        calib_tokens=sum(batch.numel() for batch in calib),
-        eval_tokens=sum(batch.numel() for one in evaluations for batch in one.batches),
-        streams=(recipe.original_stream + recipe.compressed_stream, len(_positions(evaluations))),
-        on_device=device.type == "cuda",
-    )
-    return Prepared(
-        loaded,
-        folder,
-        entries,
-        skeleton,
-        recipe,
-        layers,
-        exporters,
-        calib,
-        evaluations,
-        device,
-        stored,
-        adapter.name,
-        warnings,
-        estimate,
-    )
-
-
-def load_tokenizer(folder: Path, *, fast: bool, trust_remote_code: bool) -> Any:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        DataError: there is none, or it isn't understood.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as problem:
-        raise DataError(f"{folder}: the tokenizer can't be loaded: {problem}", "is tokenizer.json there?") from problem
-
-
-def _check_tokens(folder: Path, known: int, calib: Sequence[Tensor], evaluations: Sequence[Evaluation]) -> None:
-    """Refuse text with tokens that the model has no embedding for."""
-    largest = max((int(batch.max()) for batch in [*calib, *(one.windows.tokens for one in evaluations)]), default=0)
-    if largest >= known:
-        raise DataError(
-            f"{folder}: the tokenizer gives the token {largest}, but the model knows only {known} (config.json)",
-            "do the tokenizer and the model belong together?",
-        )
 
 
 def compress(
@@ -309,15 +158,6 @@ def run(prepared: Prepared, listener: Listener) -> Result:
 # --- parts of a run ------------------------------------------------------------------------------------------------
 
 
-def _positions(evaluations: Sequence[Evaluation]) -> frozenset[str]:
-    """States of the model that some evaluation wants; without a quantized KV cache, with and without it are one."""
-    return frozenset(_state(position) for one in evaluations for position in one.positions)
-
-
-def _state(position: str) -> str:
-    return "fake_quant" if position == "fake_quant_wo_kv" else position
-
-
 def _fingerprint(prepared: Prepared) -> dict[str, str]:
     """Everything that the result depends on, by a name that a message can use."""
     resolved = json.loads(json.dumps(prepared.loaded.resolved))
@@ -356,7 +196,7 @@ def _sinks(prepared: Prepared, workspace: Workspace, *, keep_records: bool) -> t
     compute = prepared.skeleton.model.dtype
     if keep_records and not sinks:
         sinks = [sink(FakeQuant(prepared.recipe.spec, prepared.stored, compute), workspace.state / "compressed")]
-    if keep_records and not transformed and "transformed" in _positions(prepared.evaluations):
+    if keep_records and not transformed and "transformed" in positions_of(prepared.evaluations):
         transformed = [
             sink(Transformed(prepared.recipe.spec, prepared.stored, compute), workspace.state / "transformed")
         ]
@@ -385,7 +225,9 @@ def _engine(
         subsets=adapter.subsets(config),
         heads=heads_of(config),
         calib=Batches(prepared.calib),
-        evaluation=Batches([b for one in prepared.evaluations for b in one.batches], _positions(prepared.evaluations)),
+        evaluation=Batches(
+            [b for one in prepared.evaluations for b in one.batches], positions_of(prepared.evaluations)
+        ),
         sinks=sinks,
         transformed=transformed,
         store=store,
@@ -413,7 +255,7 @@ def _perplexities(prepared: Prepared, losses: Mapping[str, list[Tensor]]) -> lis
     for one in prepared.evaluations:
         stop = start + len(one.batches)
         for position in one.positions:
-            value = perplexity(losses[_state(position)][start:stop])
+            value = perplexity(losses[state_of(position)][start:stop])
             count, length = one.windows.tokens.shape
             found.append(Perplexity(one.name, position, value, count, length, one.windows.protocol, one.windows.sha256))
         start = stop

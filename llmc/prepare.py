@@ -1,0 +1,187 @@
+"""Everything that can be known and checked before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, set_seed
+
+from .algorithms import Recipe
+from .config import Config, LoadedConfig
+from .data import EvaluationWindows, calibration_samples, evaluation_windows
+from .errors import DataError
+from .export import Exporter, Layer
+from .models import find_adapter
+from .models.locate import locate_checkpoint
+from .plan import Estimate, make_estimate, make_layers, stored_dtype
+from .stream.headers import TensorEntry, read_headers
+from .stream.skeleton import Skeleton
+from .stream.skeleton import load_config as load_model_config
+from .translate import (
+    batched,
+    calibration_spec,
+    evaluation_specs,
+    make_compute_dtype,
+    make_device,
+    make_exporters,
+    make_recipe_of,
+    make_spec,
+    refuse_unavailable,
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One text to evaluate on.
+
+    Attributes:
+        name: as the configuration calls it.
+        positions: the states of the model, as the configuration calls them.
+        windows: the tokens.
+        batches: the same in batches.
+    """
+
+    name: str
+    positions: tuple[str, ...]
+    windows: EvaluationWindows
+    batches: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before a weight is read."""
+
+    loaded: LoadedConfig
+    folder: Path
+    entries: Mapping[str, TensorEntry]
+    skeleton: Skeleton
+    recipe: Recipe
+    layers: list[Layer]
+    exporters: list[Exporter]
+    calib: list[Tensor]
+    evaluations: list[Evaluation]
+    device: torch.device
+    stored: torch.dtype
+    adapter: str
+    warnings: list[str]
+    estimate: Estimate
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.loaded.config
+
+
+def prepare(loaded: LoadedConfig) -> Prepared:
+    """Check the configuration against the checkpoint, the text and the backends. Reads headers and text, no weight.
+
+    Raises:
+        LlmcError: whatever would stop the run later.
+    """
+    config = loaded.config
+    refuse_unavailable(config)
+    device = make_device(config.base.device)
+    if config.base.threads:
+        torch.set_num_threads(config.base.threads)
+    set_seed(config.base.seed)
+    trust = config.model.trust_remote_code
+    folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
+    model_config = load_model_config(folder, trust_remote_code=trust)
+    adapter = find_adapter(config.model.type, model_config.model_type)
+    entries = read_headers(folder)
+    subsets = adapter.subsets(model_config.get_text_config())
+    names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
+    stored = entries[names[0]].dtype if names else torch.bfloat16
+    compute = make_compute_dtype(config.model.torch_dtype, stored, device)
+    skeleton = Skeleton(
+        model_config,
+        entries,
+        blocks=adapter.blocks,
+        head=adapter.head,
+        dtype=compute,
+        device=device,
+        trust_remote_code=trust,
+    )
+    recipe = make_recipe_of(config, make_spec(config, stored))
+    layers = make_layers(skeleton, entries, subsets, recipe)
+    stored = stored_dtype(entries, layers)
+    exporters = make_exporters(config, recipe.spec, stored, compute)
+    warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
+    tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
+    calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
+    _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
+    estimate = make_estimate(
+        skeleton,
+        entries,
+        layers,
+        exporters,
+        calib_tokens=sum(batch.numel() for batch in calib),
+        eval_tokens=sum(batch.numel() for one in evaluations for batch in one.batches),
+        streams=(recipe.original_stream + recipe.compressed_stream, len(positions_of(evaluations))),
+        on_device=device.type == "cuda",
+    )
+    return Prepared(
+        loaded,
+        folder,
+        entries,
+        skeleton,
+        recipe,
+        layers,
+        exporters,
+        calib,
+        evaluations,
+        device,
+        stored,
+        adapter.name,
+        warnings,
+        estimate,
+    )
+
+
+def _texts(config: Config, tokenizer: Any, *, calibrate: bool) -> tuple[list[Tensor], list[Evaluation]]:
+    spec = calibration_spec(config)
+    calib: list[Tensor] = []
+    if spec is not None and config.calib is not None and calibrate:
+        calib = batched(calibration_samples(spec, tokenizer), config.calib.bs)
+    evaluations = []
+    for text, positions, size in evaluation_specs(config):
+        windows = evaluation_windows(text, tokenizer)
+        evaluations.append(Evaluation(text.name, positions, windows, batched(list(windows.tokens), size)))
+    return calib, evaluations
+
+
+def load_tokenizer(folder: Path, *, fast: bool, trust_remote_code: bool) -> Any:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        DataError: there is none, or it isn't understood.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as problem:
+        raise DataError(f"{folder}: the tokenizer can't be loaded: {problem}", "is tokenizer.json there?") from problem
+
+
+def _check_tokens(folder: Path, known: int, calib: Sequence[Tensor], evaluations: Sequence[Evaluation]) -> None:
+    """Refuse text with tokens that the model has no embedding for."""
+    largest = max((int(batch.max()) for batch in [*calib, *(one.windows.tokens for one in evaluations)]), default=0)
+    if largest >= known:
+        raise DataError(
+            f"{folder}: the tokenizer gives the token {largest}, but the model knows only {known} (config.json)",
+            "do the tokenizer and the model belong together?",
+        )
+
+
+def positions_of(evaluations: Sequence[Evaluation]) -> frozenset[str]:
+    """States of the model that some evaluation wants; without a quantized KV cache, with and without it are one."""
+    return frozenset(state_of(position) for one in evaluations for position in one.positions)
+
+
+def state_of(position: str) -> str:
+    """The state of the model that a position of the configuration means."""
+    return "fake_quant" if position == "fake_quant_wo_kv" else position
