@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, set_seed
 from .algorithms import Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
-from .errors import DataError
+from .errors import DataError, ExportError
 from .export import Exporter, Layer
 from .models import find_adapter
 from .models.locate import locate_checkpoint
@@ -112,6 +112,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe.spec, stored, compute)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
+    _check_groups(recipe, exporters)
     tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
     calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
     _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
@@ -141,6 +142,18 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         warnings,
         estimate,
     )
+
+
+def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
+    spec = recipe.spec
+    scattered = spec is not None and any(step.algorithm.scatters_groups(spec) for step in recipe.steps)
+    unable = [exporter.name for exporter in exporters if not exporter.stores_group_index]
+    if scattered and unable:
+        raise ExportError(
+            f"quant.special: actorder: true with static_groups: false leaves groups that {unable[0]} can't express "
+            "(vLLM no longer loads an index of groups)",
+            "set static_groups: true, or actorder: group_aware, or write save_fake, which Transformers loads",
+        )
 
 
 def _texts(config: Config, tokenizer: Any, *, calibrate: bool) -> tuple[list[Tensor], list[Evaluation]]:

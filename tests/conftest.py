@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +25,10 @@ from llmc.models import ModelAdapter, Subset, find_adapter
 from llmc.stream.headers import TensorEntry, read_headers
 from llmc.stream.skeleton import Skeleton, load_config
 from llmc.stream.source import BlockSource
+
+settings.register_profile("llmc", deadline=None, database=None)  # a disk may be slow to sync
+settings.load_profile("llmc")
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 VOCAB, BLOCKS = 208, 4
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}

@@ -160,6 +160,10 @@ class Algorithm:
         """What to ask of the engine, given ``quant.quant_out`` (None: the method's own habit)."""
         raise NotImplementedError
 
+    def scatters_groups(self, spec: QuantSpec) -> bool:
+        """Whether its groups aren't runs of consecutive columns, so that a checkpoint would need an index of them."""
+        return False
+
     def subset(self, view: SubsetView) -> None:
         """Called once for each subset of each block, with its statistics ready."""
         raise NotImplementedError

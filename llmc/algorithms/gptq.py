@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import inverse_cholesky
-from ..quant import PerTensor, QuantSpec, QWeight, quantize_weight
+from ..quant import PerGroup, PerTensor, QuantSpec, QWeight, quantize_weight
 from ..quant.affine import find_ranges, qparams
 from .base import Algorithm, LayerNote, Needs, Options, SubsetView
 from .rtn import clipped_qparams
@@ -72,6 +72,11 @@ class GPTQ(Algorithm):
         """As published, the compressed model's activations calibrate it."""
         compressed = True if quant_out is None else quant_out
         return Needs(data=True, sequential=self.options.true_sequential, compressed_stream=compressed)
+
+    def scatters_groups(self, spec: QuantSpec) -> bool:
+        """Act-order over ranges that are found on the way does."""
+        grouped = isinstance(spec.granularity, PerGroup)
+        return grouped and self.options.actorder is True and self.options.static_groups is False
 
     def subset(self, view: SubsetView) -> None:
         """Solve the Linears of each grid together; fall back to rounding where no damping makes the Hessian regular."""

@@ -51,6 +51,9 @@ class Exporter:
     transformed_only: ClassVar[bool] = False
     """Whether it stores the transformed model without quantization."""
 
+    stores_group_index: ClassVar[bool] = True
+    """Whether it can express groups that aren't runs of consecutive columns."""
+
     def __init__(self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> None:
         self.spec, self.stored, self.compute = spec, stored, compute
 

@@ -31,6 +31,7 @@ class VLLM(Exporter):
 
     name = "save_vllm"
     folder = "vllm_quant_model"
+    stores_group_index = False
 
     def check(self, layers: list[Layer]) -> list[str]:
         """vLLM's kernels: 4 and 8 bits; groups of 32, 64, 128 or whole rows; zero points with 4 bits only."""

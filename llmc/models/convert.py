@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ def convert_gguf(file: Path, cache: Path | None = None, dtype: torch.dtype = tor
     def write(target: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+        if find_spec("gguf") is None:
+            raise CheckpointError(f"reading {file} needs the package gguf", 'install it: pip install "llmc[gguf]"')
         try:
             with _quiet():
                 tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -115,6 +115,8 @@ class Engine:
         options: EngineOptions,
         listener: Listener,
     ) -> None:
+        if journal.rows and recipe.steps and not sinks:
+            raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
         self._skeleton, self._source, self._recipe = skeleton, source, recipe
         self._calib, self._evaluation = calib, evaluation
         self._sinks, self._transformed = sinks, transformed

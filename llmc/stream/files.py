@@ -47,7 +47,11 @@ def write_json(target: Path, value: Any) -> None:
 def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
     """The same for a safetensors file."""
     written = target.with_name(target.name + ".tmp")
+    # safetensors makes files that only their owner may read; a server may run as somebody else.
+    written.touch()
+    mode = written.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata={"format": "pt"})
+    written.chmod(mode)
     _replace(written, target)
 
 

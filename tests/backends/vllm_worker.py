@@ -44,6 +44,7 @@ DEFAULTS = {
     "OMP_NUM_THREADS": str(min(8, len(os.sched_getaffinity(0)))),
 }
 MIN_CONTEXT = 512
+STAND_IN = "LLMC_VLLM_STAND_IN"  # set: compute int4 products in plain torch, where vLLM's kernel isn't available
 
 
 def set_environment() -> None:
@@ -172,6 +173,10 @@ def main(jobs_path: Path, out_path: Path) -> None:
     with stdout_to_stderr():
         import vllm  # noqa: F401 - before the forks, which share it
 
+        if os.environ.get(STAND_IN):
+            import vllm_wna16
+
+            vllm_wna16.install()
         for job in jobs:
             results.append(run_in_fork(job))
             write(results, out_path)

@@ -45,6 +45,7 @@ def test_the_tensors_are_fresh_memory_that_may_be_written(source, tmp_path):
     taken["first"].zero_()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["first"], STORED["first"])
     assert torch.equal(source.take("a")["first"], STORED["first"])
+    assert not taken["first"].any()
 
 
 def test_prefetch_reads_in_a_thread_and_only_once(source, monkeypatch):

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them all: linter, formatter, type checker, pytest. Any failure is red.
+#
+#   bash scripts/test.sh [arguments for pytest, such as tests/quant -x]
+#
+# What may be set in the environment: see common.sh, and LLMC_TEST_MODEL, a folder with the demonstration model.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+make_environment gguf,test
+if [[ -z ${LLMC_TEST_MODEL:-} ]]; then
+    make_demo_model
+    LLMC_TEST_MODEL=$demo_model
+fi
+export LLMC_TEST_MODEL
+
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy" llmc
+"$venv/bin/pytest" "$@"

@@ -1,0 +1,43 @@
+"""Stands in for vLLM's int4 CPU kernel on processors that it wasn't built for (it needs AVX-512).
+
+Everything else stays vLLM's: it reads the checkpoint, fuses and repacks the codes for its kernel, and calls it; only
+the product itself is then computed here, by plain torch, from the repacked codes. What this shows is that vLLM
+understands the checkpoint, not that its kernel computes well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 16  # output channels that vLLM interleaves for its kernel
+
+
+def gemm(
+    inputs: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: int, isa: str
+) -> Tensor:
+    """``inputs`` ``[tokens, in]`` times the weight in ``packed`` int32 ``[out / 16, 2 * in]``.
+
+    ``scales`` are ``[groups, out]``, ``zeros`` int32 ``[groups, out / 8]``.
+    """
+    columns, rows, groups = inputs.shape[-1], scales.shape[1], scales.shape[0]
+    words = packed.view(rows // _BLOCK, columns, _BLOCK // factor)
+    codes = _nibbles(words).reshape(rows // _BLOCK, columns, _BLOCK).permute(0, 2, 1).reshape(rows, columns)
+    offsets = torch.full((groups, rows), 8) if zeros is None else _nibbles(zeros).reshape(groups, rows)
+    size = columns // groups
+    steps = scales.float().T.repeat_interleave(size, 1)
+    weight = (codes - offsets.T.repeat_interleave(size, 1)).float() * steps
+    return torch.nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    return torch.stack([(words >> (4 * index)) & 15 for index in range(8)], -1)
+
+
+def install() -> None:
+    """Put ``gemm`` in the place of the missing operator."""
+    from vllm import _custom_ops
+    from vllm.model_executor.kernels.linear.mixed_precision import cpu
+
+    _custom_ops.cpu_gemm_wna16 = gemm
+    cpu.ops.cpu_gemm_wna16 = gemm

@@ -1,0 +1,135 @@
+"""Killed at any moment, a run that is started again ends with the bytes of a run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import Case, files_of
+
+import llmc
+
+OUTPUTS = ("vllm_quant_model", "fake_quant_model")
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Runs the command line in a child of a process that has imported everything; see forks.py."""
+    command = [sys.executable, str(Path(__file__).with_name("forks.py"))]
+    package = str(Path(llmc.__file__).parents[1])
+    alone = {**os.environ, "PYTHONPATH": package, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone) as process:
+
+        def attempt(order: dict[str, Any]) -> dict[str, Any]:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(order) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield attempt
+        process.stdin.close()
+
+
+@dataclass
+class Killer:
+    """Starts one run again and again, and looks at what each kill leaves."""
+
+    case: Case
+    expected: dict[str, str]
+    seconds: float
+    attempt: Callable[[dict[str, Any]], dict[str, Any]]
+    kills: list[str] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        return self.case.save_path.with_suffix(".log")
+
+    def start(self, **when: Any) -> bool:
+        """One attempt; whether the run ended."""
+        ended = self.attempt({"arguments": self.case.arguments, "log": str(self.log), **when})
+        finished = "holds a finished run" in self.text  # killed behind its very last step
+        assert ended["killed"] or ended["code"] == 0 or finished, self.text
+        if not ended["killed"]:
+            return True
+        self.kills.append(self.state())
+        self.check_that_nothing_half_done_can_be_loaded()
+        return False
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def state(self) -> str:
+        """How far the run had come."""
+        if not (self.case.save_path / ".llmc/fingerprint.json").exists():
+            return "finished" if (self.case.save_path / "metrics.json").exists() else "before"
+        return "within"
+
+    def check_that_nothing_half_done_can_be_loaded(self) -> None:
+        for folder in OUTPUTS:
+            left = files_of(self.case.save_path / folder) if (self.case.save_path / folder).exists() else {}
+            wanted = {name: digest for name, digest in self.expected.items() if name.startswith(f"{folder}/")}
+            there = {f"{folder}/{name}": digest for name, digest in left.items()}
+            shards = {name for name in wanted if name.endswith(".safetensors")}
+            if f"{folder}/config.json" in there:
+                assert there.items() >= wanted.items()
+            if f"{folder}/model.safetensors.index.json" in there:
+                assert shards <= there.keys()
+            assert all(there[name] == wanted[name] for name in shards & there.keys())
+
+
+@pytest.fixture
+def killer(case, forks) -> Callable[..., Killer]:
+    """Makes a run to be killed, with the bytes that it must end with, and the seconds of the undisturbed run."""
+
+    def make(method: str, **changes: Any) -> Killer:
+        calm, run = (case(method=method, **changes) for _ in range(2))
+        ended = forks({"arguments": calm.arguments, "log": str(calm.save_path.with_suffix(".log"))})
+        assert ended["code"] == 0
+        return Killer(run, calm.written(), ended["seconds"], forks)
+
+    return make
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 2])
+@pytest.mark.parametrize("method", ["GPTQ", "Awq"])
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(case, killer, method, checkpoint_every):
+    run = killer(method, base={"checkpoint_every": checkpoint_every})
+    moments = random.Random(f"{method} {checkpoint_every}")
+    while len(run.kills) < 6:
+        run.case = case(method=method, base={"checkpoint_every": checkpoint_every})
+        while not run.start(after=run.seconds * moments.triangular(0, 0.7, 0.1)):
+            assert len(run.kills) < 200
+        assert run.case.written() == run.expected
+    assert run.kills.count("within") > len(run.kills) / 2, run.kills
+
+
+def test_killed_at_each_boundary_it_ends_with_the_same_bytes(case, killer, damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    changes = {"base": {"checkpoint_every": 1}, "eval": {"eval_pos": []}, "save": {"save_fake": False}}
+    run = killer("GPTQ", checkpoint=damaged, **changes)
+    boundary, ended = 0, False
+    while not ended:
+        boundary += 1
+        run.case = case(damaged, "GPTQ", **changes)
+        ended = run.start(boundary=boundary)
+        assert ended or run.start(), boundary
+        assert run.case.written() == run.expected, boundary
+    assert len(run.kills) == boundary - 1 > 40
+
+
+def test_killed_one_boundary_later_each_time_it_ends_with_the_same_bytes(killer):
+    run = killer("Awq", base={"checkpoint_every": 1})
+    while not run.start(boundary=len(run.kills) + 1):
+        assert len(run.kills) < 500
+    assert run.case.written() == run.expected
+    assert run.kills.count("within") > 10

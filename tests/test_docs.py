@@ -1,0 +1,67 @@
+"""What the README and the documentation show is true: YAML parses, links and paths lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmc.algorithms import ALGORITHMS, options_types
+from llmc.cli import parser
+from llmc.config import load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "configs" / "data" / "README.md"]
+
+
+def blocks(language):
+    """Each fenced block of a language with the page it stands on."""
+    for page in PAGES:
+        for found in re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
+            yield pytest.param(found, id=f"{page.relative_to(ROOT)}-{found.split()[0]}")
+
+
+@pytest.mark.parametrize("block", list(blocks("yaml")))
+def test_yaml_is_a_configuration_or_a_part_of_one(block):
+    content = yaml.safe_load(block)
+    load_config({"model": {"path": "model"}, **content}, methods=options_types())
+
+
+@pytest.mark.parametrize("block", list(blocks("python")))
+def test_python_compiles(block):
+    compile(block, "a block of the documentation", "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
+    paths = re.findall(r"\b(?:configs|scripts|docs|llmc|tests|benchmarks)/[\w./-]*\w\.(?:md|py|sh|yml|txt)", text)
+    # A worked example makes files that aren't there.
+    wrong = [target for target in links if not (page.parent / target).exists()]
+    wrong += [path for path in paths if not (ROOT / path).exists() and page.name != "adding.md"]
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_command_lines_have_only_options_that_exist(page):
+    known = {option for action in parser()._actions for option in action.option_strings}
+    lines = re.findall(r"^.*\bllmc --config.*$", page.read_text(encoding="utf-8"), re.M)
+    assert {option for line in lines for option in re.findall(r"(?<!\S)--[\w-]+", line)} <= known
+
+
+def test_the_configuration_page_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "make_config_reference.py")
+    reference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reference)
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.render(), "run scripts/make_config_reference.py"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
+def test_a_method_has_a_page_with_all_its_options(algorithm):
+    page = ROOT / "docs" / "methods" / f"{algorithm.name.lower()}.md"
+    text = page.read_text(encoding="utf-8")
+    assert [name for name in algorithm.options_type.model_fields if f"`{name}`" not in text] == []
