@@ -22,7 +22,7 @@ from . import __version__
 from .algorithms import options_types
 from .config import LoadedConfig, load_config
 from .errors import RunError
-from .eval.perplexity import Perplexity, perplexity
+from .eval.perplexity import Perplexity, mean_losses, perplexity
 from .export import Exporter, check_shard
 from .export.dense import FakeQuant, Transformed
 from .models import find_adapter, heads_of
@@ -33,7 +33,7 @@ from .stream.activations import ActivationStore
 from .stream.engine import Batches, Engine, EngineOptions, Listener
 from .stream.headers import headers_digest
 from .stream.journal import Journal
-from .stream.memory import give_back_memory
+from .stream.memory import give_back_memory, map_large_tensors
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
@@ -95,6 +95,7 @@ class Silent:
 def run(prepared: Prepared, listener: Listener) -> Result:
     """Do what ``prepare`` has checked."""
     started = time.perf_counter()
+    map_large_tensors()
     give_back_memory()  # of the tokenizer
     save_path = prepared.config.save.save_path
     with ExitStack() as stack:
@@ -255,9 +256,11 @@ def _perplexities(prepared: Prepared, losses: Mapping[str, list[Tensor]]) -> lis
     for one in prepared.evaluations:
         stop = start + len(one.batches)
         for position in one.positions:
-            value = perplexity(losses[state_of(position)][start:stop])
+            windows = mean_losses(losses[state_of(position)][start:stop])
             count, length = one.windows.tokens.shape
-            found.append(Perplexity(one.name, position, value, count, length, one.windows.protocol, one.windows.sha256))
+            text = one.windows
+            value = perplexity(windows)
+            found.append(Perplexity(one.name, position, value, count, length, text.protocol, text.sha256, windows))
         start = stop
     return found
 

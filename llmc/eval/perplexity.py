@@ -22,6 +22,7 @@ class Perplexity:
         seq_len: tokens in each.
         protocol: text, split, tokenization and windowing in words.
         tokens_sha256: digest of the token ids.
+        window_losses: mean cross entropy of each window, so that any part of the text can be compared later.
     """
 
     name: str
@@ -31,13 +32,18 @@ class Perplexity:
     seq_len: int
     protocol: str
     tokens_sha256: str
+    window_losses: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``metrics.json``."""
         return asdict(self)
 
 
-def perplexity(losses: Sequence[Tensor]) -> float:
-    """``losses``: cross entropies ``[batch, tokens - 1]`` in nats, a row for each window. Sums in float64."""
-    windows = [float(row.double().mean()) for batch in losses for row in batch]
-    return math.exp(math.fsum(windows) / len(windows))
+def mean_losses(losses: Sequence[Tensor]) -> tuple[float, ...]:
+    """Mean of each window. ``losses``: cross entropies ``[batch, tokens - 1]`` in nats, a row for each window."""
+    return tuple(float(row.double().mean()) for batch in losses for row in batch)
+
+
+def perplexity(window_losses: Sequence[float]) -> float:
+    """``exp`` of the mean of the windows' mean losses."""
+    return math.exp(math.fsum(window_losses) / len(window_losses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,7 +99,11 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
     copied = []
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix not in _WEIGHTS and path.name not in _OURS:
-            shutil.copyfile(path, target / path.name)
+            part = target / f"{path.name}.tmp"  # a folder that is loadable already never holds half a file
+            shutil.copyfile(path, part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(target / path.name)
             copied.append(path.name)
     return copied
 

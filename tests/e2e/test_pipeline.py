@@ -160,7 +160,14 @@ def test_a_dry_run_shows_every_layer_reads_no_weight_and_writes_nothing(case, ca
     for name in linears:
         line = next(line for line in shown.splitlines() if line.startswith(name))
         assert ("kept" in line) == ("down_proj" in name)
-    for said in ("save_vllm (checked)", "save_fake (checked)", "read", "disk", "host memory", "embeddings, norms, head"):
+    for said in (
+        "save_vllm (checked)",
+        "save_fake (checked)",
+        "read",
+        "disk",
+        "host memory",
+        "embeddings, norms, head",
+    ):
         assert said in shown
     assert not run.save_path.exists()
 
@@ -180,7 +187,13 @@ def test_a_folder_with_bin_files_gives_what_its_safetensors_give(case, damaged, 
 
 @pytest.mark.parametrize(
     "override",
-    ["base.host_memory_gb=1e-6", "base.forward=replay", "base.forward=staged", "base.checkpoint_every=1", "base.seed=42"],
+    [
+        "base.host_memory_gb=1e-6",
+        "base.forward=replay",
+        "base.forward=staged",
+        "base.checkpoint_every=1",
+        "base.seed=42",
+    ],
 )
 @pytest.mark.parametrize("method", ["GPTQ", "Awq"])
 def test_how_a_run_is_done_does_not_change_a_byte(case, method, override):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from llmc.algorithms import Ignored, make_recipe
 from llmc.errors import CheckpointError, RunError
-from llmc.eval.perplexity import perplexity
+from llmc.eval.perplexity import mean_losses, perplexity
 from llmc.export import read_config
 from llmc.export.dense import FakeQuant, Transformed
 from llmc.export.vllm import VLLM
@@ -178,7 +178,7 @@ def equal(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 def close(left: list[Tensor], right: list[Tensor], tolerance: float = 1e-6) -> bool:
-    return perplexity(left) == pytest.approx(perplexity(right), rel=tolerance)
+    return perplexity(mean_losses(left)) == pytest.approx(perplexity(mean_losses(right)), rel=tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS)
