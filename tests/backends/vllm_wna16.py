@@ -14,20 +14,26 @@ _BLOCK = 16  # output channels that vLLM interleaves for its kernel
 
 
 def gemm(
-    inputs: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, factor: int, isa: str
+    input: Tensor,
+    q_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    pack_factor: int,
+    isa_hint: str,
 ) -> Tensor:
-    """``inputs`` ``[tokens, in]`` times the weight in ``packed`` int32 ``[out / 16, 2 * in]``.
+    """The operator's arguments: ``input`` ``[tokens, in]``, ``q_weight`` int32 ``[out / 16, 2 * in]``.
 
     ``scales`` are ``[groups, out]``, ``zeros`` int32 ``[groups, out / 8]``.
     """
-    columns, rows, groups = inputs.shape[-1], scales.shape[1], scales.shape[0]
-    words = packed.view(rows // _BLOCK, columns, _BLOCK // factor)
+    columns, rows, groups = input.shape[-1], scales.shape[1], scales.shape[0]
+    words = q_weight.view(rows // _BLOCK, columns, _BLOCK // pack_factor)
     codes = _nibbles(words).reshape(rows // _BLOCK, columns, _BLOCK).permute(0, 2, 1).reshape(rows, columns)
     offsets = torch.full((groups, rows), 8) if zeros is None else _nibbles(zeros).reshape(groups, rows)
     size = columns // groups
     steps = scales.float().T.repeat_interleave(size, 1)
     weight = (codes - offsets.T.repeat_interleave(size, 1)).float() * steps
-    return torch.nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
+    return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
 
 def _nibbles(words: Tensor) -> Tensor:
