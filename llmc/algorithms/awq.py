@@ -21,7 +21,7 @@ from .base import Algorithm, ClipRatios, Needs, Options, SubsetView
 
 _RATIOS = 20  # alpha = 0, 1/20, ... 19/20
 _SHRINKS = 10  # the range shrinks by 0, 5, ... 45%
-_ENOUGH = 512  # tokens that tell which half of the candidates is hopeless
+_ENOUGH = 512  # tokens that tell which candidates are hopeless
 _UNCLIPPED = ("q_proj", "k_proj", "query", "key", "Wqkv", "qkv")  # queries and keys multiply: their error isn't theirs
 
 
@@ -139,9 +139,9 @@ def _rounded(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
 def _race(view: SubsetView, scales: list[Tensor], *, full: bool) -> int:
     """Index of the best candidate by the squared error of the inspected module, summed over the batches.
 
-    Candidates meet the batches in rounds that double in length; after each the worse half of those still in the race
-    leaves. The errors of two candidates on the same tokens go together so closely that a sixteenth of the tokens tells
-    which half is hopeless, and the last two are compared on all. The identity stays to the end.
+    Candidates meet the batches in rounds that double in length; after each the best third of those still in the race
+    stays. The errors of two candidates on the same tokens go together so closely that a sixteenth of the tokens tells
+    which are hopeless. The identity stays to the end: the winner is compared with it on all tokens.
     """
     calls = view.calls
     if calls is None:
@@ -166,7 +166,7 @@ def _race(view: SubsetView, scales: list[Tensor], *, full: bool) -> int:
                 bound = min(bound, losses[index])
         seen = stop
         running.sort(key=losses.__getitem__)
-        staying = running[: max(2, len(running) // 2)]
+        staying = running[: max(1, len(running) // 3)]
         running = staying if 0 in staying else [*staying, 0]
     return running[0]
 

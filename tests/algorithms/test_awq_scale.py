@@ -167,8 +167,9 @@ def test_a_race_measures_few_candidates_on_all_tokens(make_view, tokens):
         view = make_view(linears, batches, SPECS[0], subset=GATED, prev=nn.RMSNorm(COLUMNS), calls=calls)
         Awq(AwqOptions(search=how, weight_clip=False)).subset(view)
         asked[how] = len(calls.asked)
-    assert asked["full"] == 64 * (20 + 1)
-    assert asked["race"] < asked["full"] / 3
+    every = 64 * (20 + 1)
+    assert asked["full"] <= every  # who is behind a finished candidate stops
+    assert asked["race"] < every / 3
 
 
 @pytest.mark.parametrize("spec", SPECS)
