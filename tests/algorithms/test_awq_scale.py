@@ -159,7 +159,7 @@ def test_the_identity_never_loses_to_something_worse(search, how, seed):
 
 
 def test_a_race_measures_few_candidates_on_all_tokens(make_view, tokens):
-    module, batches = Gated(0), list(tokens(64 * 4, COLUMNS).split(4))
+    module, batches = Gated(0), list(tokens(64 * 64, COLUMNS).split(64))
     asked = {}
     for how in ("full", "race"):
         calls = Calls(module, batches)

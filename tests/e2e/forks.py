@@ -61,14 +61,14 @@ def prepared(*arguments: str) -> Any:
     from llmc.algorithms import options_types
     from llmc.cli import parser
     from llmc.config import load_config
-    from llmc.run import prepare
+    from llmc.prepare import prepare
 
     given = parser().parse_args(arguments)
     return prepare(load_config(given.config, given.overrides, options_types()))
 
 
 def child(order: dict[str, Any], begun: int) -> int:
-    import llmc.run
+    import llmc.prepare
     from llmc.cli import main
     from llmc.stream import files, journal
     from llmc.workspace import Workspace
@@ -80,7 +80,7 @@ def child(order: dict[str, Any], begun: int) -> int:
     Workspace.open = opened
     if order.get("prepared"):
         ready = prepared(*order["arguments"])
-        llmc.run.prepare = lambda loaded: ready
+        llmc.prepare.prepare = lambda loaded: ready
 
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
