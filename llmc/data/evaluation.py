@@ -118,7 +118,7 @@ def _consecutive_windows(corpus: Corpus, tokenizer: Tokenizer, spec: EvaluationS
     if count == 0:
         raise DataError(
             f"{corpus.origin} has {len(tokens)} tokens, less than one window of {spec.seq_len}",
-            f"set eval.seq_len to {len(tokens)} or less, or give more text",
+            f"set eval.seq_len to {len(tokens)} or less, or give more text" if len(tokens) > 1 else "give more text",
         )
     return tokens[: count * spec.seq_len].view(count, spec.seq_len)
 
