@@ -19,7 +19,7 @@ from .activations import ActivationStore, Stream
 from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
 from .journal import Journal
-from .memory import give_back_memory
+from .memory import give_back_memory, trim_heap
 from .sink import Sink
 from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
 from .source import BlockSource
@@ -350,6 +350,7 @@ class Engine:
         return next(names)
 
     def _write(self, sink: Sink, unit: str, unit_record: UnitRecord) -> dict[str, Any]:
+        trim_heap()
         written: dict[str, Any] = self._timed("write", lambda: sink.write(unit, unit_record))
         return written
 
