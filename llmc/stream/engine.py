@@ -19,7 +19,7 @@ from .activations import ActivationStore, Stream
 from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
 from .journal import Journal
-from .memory import give_back_memory, trim_heap
+from .memory import give_back_memory
 from .sink import Sink
 from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
 from .source import BlockSource
@@ -209,6 +209,7 @@ class Engine:
         stored = {self._skeleton.parameter_of[name]: (name, tensor.dtype) for name, tensor in raw.items()}
         self._skeleton.load(raw)
         del raw
+        give_back_memory()
         block = self._skeleton.blocks[index]
         self._propagate(index, "eval.pretrain", "evaluate")
         work = BlockWork(self._work, index, block, self._prefix(index), stored)
@@ -350,7 +351,7 @@ class Engine:
         return next(names)
 
     def _write(self, sink: Sink, unit: str, unit_record: UnitRecord) -> dict[str, Any]:
-        trim_heap()
+        give_back_memory()
         written: dict[str, Any] = self._timed("write", lambda: sink.write(unit, unit_record))
         return written
 
