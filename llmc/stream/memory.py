@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import torch
 
+
 def trim_heap() -> None:
     """Return the holes in the C library's heap. What is freed between tensors that are kept isn't reused for larger
     ones: without this, a block's peak would be a third above what it holds."""
