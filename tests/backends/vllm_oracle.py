@@ -4,7 +4,7 @@
     assert abs(results[0].nll - expected) < 0.01
 
 vLLM on a CPU runs few formats, and some in bfloat16 only; what it refuses comes back as that result's ``error``. What
-it can do, and even do right, also depends on the CPU: a test asks ``kernel_gap`` first, and skips with what that says.
+it can do, and even do right, also depends on the CPU: ask ``kernel_gap`` first.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class VllmResult:
 def vllm_python() -> Path:
     """The Python that has vLLM: ``LLMC_VLLM_PYTHON``, or the one that scripts/install_vllm_cpu.sh makes.
 
-    Raises VllmNotFound if there is none, so that a test can skip itself.
+    Raises VllmNotFound if there is none.
     """
     named = os.environ.get("LLMC_VLLM_PYTHON")
     python = Path(named) if named else PROJECT_ROOT / ".venv-vllm" / "bin" / "python"
