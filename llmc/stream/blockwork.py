@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..algorithms import ClipRatios, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
 from ..quant import QWeight, UnitRecord
+from .memory import trim_heap
 from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
 
 
@@ -104,6 +105,7 @@ class BlockWork:
             self._accept(view)
             view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
             views.append(view)
+            trim_heap()
 
         if run is None:
             for position in range(len(self.context.subsets)):

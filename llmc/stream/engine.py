@@ -19,7 +19,7 @@ from .activations import ActivationStore, Stream
 from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
 from .journal import Journal
-from .memory import give_back_memory
+from .memory import give_back_memory, short_collections
 from .sink import Sink
 from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
 from .source import BlockSource
@@ -135,6 +135,10 @@ class Engine:
             CheckpointError: a weight is missing, misshapen, NaN or infinite.
             RunError: a block's output isn't finite.
         """
+        with short_collections():
+            return self._run_all()
+
+    def _run_all(self) -> Outcome:
         self._source.prefetch(EMBED)
         self._source.prefetch(block_unit(0))
         embedding = self._embed()

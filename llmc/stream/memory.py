@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_MOST = 2**25  # what the threshold rises to by itself, and the most it may be
 
 
 def trim_heap() -> None:
@@ -16,9 +20,44 @@ def trim_heap() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+@contextmanager
+def unheaped() -> Iterator[None]:
+    """Within the context whatever takes more than a megabyte is returned the moment it's freed.
+
+    For work that goes once through a block, a weight after the other, and makes copies of each on the way. Not for
+    searches: each new copy costs the zeroing of its pages.
+    """
+    try:
+        allocator = ctypes.CDLL("libc.so.6")
+        set_threshold = allocator.mallopt
+    except (OSError, AttributeError):
+        yield
+        return
+    set_threshold(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        set_threshold(_M_MMAP_THRESHOLD, _MOST)
+        allocator.malloc_trim(0)
+
+
 def give_back_memory() -> None:
     """The same after collecting Python's garbage, and for what CUDA's allocator caches."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim_heap()
+
+
+@contextmanager
+def short_collections() -> Iterator[None]:
+    """Within the context ``give_back_memory`` doesn't look at the objects that are there now.
+
+    Those are modules and classes by the hundred thousand: they stay anyway, and looking at them takes 0.2 s each time.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

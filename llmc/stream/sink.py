@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import RunError
 from ..quant import UnitRecord
 from .files import sha256, write_json, write_tensors
+from .memory import unheaped
 
 
 class UnitFormat(Protocol):
@@ -53,16 +54,17 @@ class Sink:
 
     def write(self, unit: str, record: UnitRecord) -> dict[str, Any]:
         """Write a unit's shard, whole or not at all; returns what the journal keeps of it."""
-        tensors = self.format.tensors(record)
-        path = self.shard(unit)
-        write_tensors(path, tensors)
-        self._verify(path, record)
-        return {
-            "file": path.name,
-            "sha256": sha256(path),
-            "bytes": sum(tensor.nbytes for tensor in tensors.values()),
-            "names": sorted(tensors),
-        }
+        with unheaped():
+            tensors = self.format.tensors(record)
+            path = self.shard(unit)
+            write_tensors(path, tensors)
+            self._verify(path, record)
+            return {
+                "file": path.name,
+                "sha256": sha256(path),
+                "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+                "names": sorted(tensors),
+            }
 
     def read(self, unit: str, written: dict[str, Any]) -> UnitRecord:
         """Read a unit back.
