@@ -33,7 +33,7 @@ from .stream.activations import ActivationStore
 from .stream.engine import Batches, Engine, EngineOptions, Listener
 from .stream.headers import headers_digest
 from .stream.journal import Journal
-from .stream.memory import give_back_memory
+from .stream.memory import give_back_memory, share_heap
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
@@ -95,6 +95,7 @@ class Silent:
 def run(prepared: Prepared, listener: Listener) -> Result:
     """Do what ``prepare`` has checked."""
     started = time.perf_counter()
+    share_heap()
     give_back_memory()  # of the tokenizer
     save_path = prepared.config.save.save_path
     with ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..algorithms import ClipRatios, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
 from ..quant import QWeight, UnitRecord
-from .memory import trim_heap
+from .memory import trim_heap, unheaped
 from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
 
 
@@ -101,7 +101,9 @@ class BlockWork:
 
         def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
             view = self._view(self.context.subsets[position], statistics, calls)
-            step.algorithm.subset(view)
+            # A search makes many small copies, again and again; a quantizer a few large ones, once.
+            with unheaped() if step.algorithm.kind == "quantizer" else nullcontext():
+                step.algorithm.subset(view)
             self._accept(view)
             view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
             views.append(view)

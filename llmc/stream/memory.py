@@ -10,14 +10,31 @@ from contextlib import contextmanager, suppress
 import torch
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
+_M_ARENA_MAX = -8
 _MOST = 2**25  # what the threshold rises to by itself, and the most it may be
+
+
+def _allocator() -> ctypes.CDLL | None:
+    """glibc, if that's the C library."""
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt, library.malloc_trim  # noqa: B018
+        return library
+    return None
 
 
 def trim_heap() -> None:
     """Return the holes in the C library's heap. What is freed between tensors that are kept isn't reused for larger
     ones: without this, a block's peak would be a third above what it holds."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if (allocator := _allocator()) is not None:
+        allocator.malloc_trim(0)
+
+
+def share_heap() -> None:
+    """Let new threads allocate from the one heap. Weights are placed by threads that come and go; a heap for each would
+    keep holes of its own, as many as happened to be made."""
+    if (allocator := _allocator()) is not None:
+        allocator.mallopt(_M_ARENA_MAX, 1)
 
 
 @contextmanager
@@ -27,17 +44,15 @@ def unheaped() -> Iterator[None]:
     For work that goes once through a block, a weight after the other, and makes copies of each on the way. Not for
     searches: each new copy costs the zeroing of its pages.
     """
-    try:
-        allocator = ctypes.CDLL("libc.so.6")
-        set_threshold = allocator.mallopt
-    except (OSError, AttributeError):
+    allocator = _allocator()
+    if allocator is None:
         yield
         return
-    set_threshold(_M_MMAP_THRESHOLD, 2**20)
+    allocator.mallopt(_M_MMAP_THRESHOLD, 2**20)
     try:
         yield
     finally:
-        set_threshold(_M_MMAP_THRESHOLD, _MOST)
+        allocator.mallopt(_M_MMAP_THRESHOLD, _MOST)
         allocator.malloc_trim(0)
 
 
