@@ -76,6 +76,4 @@ class Quarot(Algorithm):
         return self.options.rotate_mode == "random"
 
     def _residual(self, frame: Frame) -> Rotation:
-        return make_rotation(
-            frame.width, frame.seed, random=self._random, keeps_mean=frame.residual.keeps_mean
-        )
+        return make_rotation(frame.width, frame.seed, random=self._random, keeps_mean=frame.residual.keeps_mean)

@@ -23,7 +23,6 @@ from llmc.models import (
 )
 
 
-
 def variant(name: str, **changes: object) -> PretrainedConfig:
     """One of the tiny configs with two blocks and some changes."""
     return type(CONFIGS[name])(**{**CONFIGS[name].to_dict(), "num_hidden_layers": 2, **changes})
