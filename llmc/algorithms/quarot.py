@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..linalg import Rotation, hadamard, make_rotation
@@ -24,10 +24,20 @@ class QuarotOptions(Options):
     rotate_mode: Literal["hadamard", "random"] = Field(
         default="hadamard", description="hadamard: with random signs; random: any orthogonal matrix, usually worse."
     )
-    online_rotate: Literal[False] = Field(
+    online_rotate: bool = Field(
         default=False, description="Rotations that run with the model; not available, the offline ones are always done."
     )
     fp32_had: Any = Field(default=None, description="Precision of online rotations; ignored.")
+
+    @field_validator("online_rotate")
+    @classmethod
+    def _offline_only(cls, value: bool) -> bool:
+        if value:
+            raise ValueError(
+                "True isn't available in this version: R3 and R4 would have to run with the model; remove it, "
+                "R1 and R2 are merged into the weights in any case"
+            )
+        return value
 
 
 class Quarot(Algorithm):

@@ -246,8 +246,10 @@ def test_killed_behind_any_block_it_ends_with_the_same_bytes(llama, passes, calm
 
 @pytest.mark.parametrize(
     ("method", "quant_out"),
-    [("Awq+GPTQ", None), ("Awq+GPTQ", False), ("Awq", True), ("GPTQ", False), ("Quarot+Awq", None)]
-    + [("Quarot+Awq+GPTQ", None), ("Quarot+GPTQ", False), ("Quarot", None)],
+    [
+        *[("Awq+GPTQ", None), ("Awq+GPTQ", False), ("Awq", True), ("GPTQ", False)],
+        *[("Quarot", None), ("Quarot+Awq", None), ("Quarot+GPTQ", False), ("Quarot+Awq+GPTQ", None)],
+    ],
 )
 def test_whichever_streams_calibrate_a_killed_and_replayed_run_writes_the_same_bytes(llama, passes, method, quant_out):
     make = partial(passes, llama, method=method, quant_out=quant_out, formats=(VLLM,), positions=("fake_quant",))
