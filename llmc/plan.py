@@ -116,8 +116,12 @@ def make_estimate(
     eval_tokens: int,
     streams: tuple[int, int],
     on_device: bool,
+    changed_at_load: bool = False,
 ) -> Estimate:
-    """Peaks and totals. ``streams`` counts the calibration and evaluation streams."""
+    """Peaks and totals. ``streams`` counts the calibration and evaluation streams.
+
+    A model that is ``changed_at_load`` holds a Linear in float64 twice, and gets a head of its own if that was tied.
+    """
     width = skeleton.model.config.get_text_config().hidden_size
     size = skeleton.model.dtype.itemsize
     unit_bytes = {unit: sum(entries[name].nbytes for name in names) for unit, names in skeleton.units.items()}
@@ -132,10 +136,12 @@ def make_estimate(
     block = max(elements[block_unit(index)] for index in range(len(skeleton.blocks))) * size
     ahead = max(unit_bytes.values())
     gram = 3 * widest * widest * 4 if streams[0] else 0
-    working = max(block, elements[HEAD] * size, elements["embed"] * size) + gram + held
+    exact = 2 * 8 * max((layer.rows * layer.columns for layer in layers), default=0) if changed_at_load else 0
+    untied = unit_bytes["embed"] if changed_at_load and skeleton.tied_head else 0
+    working = max(block, elements[HEAD] * size, elements["embed"] * size) + max(gram + held, exact) + untied
     weights = {f"{layer.name}.weight" for layer in layers}
     plain = sum(entry.nbytes for name, entry in entries.items() if name not in weights)
-    written = sum(plain + sum(exporter.nbytes(layer) for layer in layers) for exporter in exporters)
+    written = sum(plain + untied + sum(exporter.nbytes(layer) for layer in layers) for exporter in exporters)
     host = _RUNTIME + 2 * ahead + kept + (0 if on_device else working)
     return Estimate(read, written + 2 * kept, held, kept, host, working if on_device else 0)
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PretrainedConfig, set_seed
 
-from .algorithms import Recipe
+from .algorithms import Frame, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import DataError, ExportError
 from .export import Exporter, Layer
-from .models import find_adapter
+from .models import ModelAdapter, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
 from .stream.headers import TensorEntry, read_headers
@@ -70,6 +70,7 @@ class Prepared:
     adapter: str
     warnings: list[str]
     estimate: Estimate
+    frame: Frame | None
 
     @property
     def config(self) -> Config:
@@ -108,10 +109,13 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         trust_remote_code=trust,
     )
     recipe = make_recipe_of(config, make_spec(config, stored))
+    frame = _frame(recipe, adapter, model_config.get_text_config())
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe.spec, stored, compute)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
+    if frame is not None:
+        warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     _check_groups(recipe, exporters)
     tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
     calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
@@ -125,6 +129,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         eval_tokens=sum(batch.numel() for one in evaluations for batch in one.batches),
         streams=(recipe.original_stream + recipe.compressed_stream, len(positions_of(evaluations))),
         on_device=device.type == "cuda",
+        changed_at_load=bool(recipe.at_load),
     )
     return Prepared(
         loaded,
@@ -141,6 +146,20 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         adapter.name,
         warnings,
         estimate,
+        frame,
+    )
+
+
+def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> Frame | None:
+    """What transforms at loading may know of the model; None where there is no such step.
+
+    Raises:
+        ModelError: the architecture doesn't allow them.
+    """
+    if not recipe.at_load:
+        return None
+    return Frame(
+        adapter.subsets(config), heads_of(config), residual_of(adapter, config), config.hidden_size, recipe.seed
     )
 
 

@@ -236,6 +236,7 @@ def _engine(
         device=prepared.device,
         options=EngineOptions(forward=_forward(prepared), checkpoint_every=prepared.config.base.checkpoint_every),
         listener=listener,
+        frame=prepared.frame,
     )
 
 
@@ -274,7 +275,9 @@ def _finish_outputs(
     for sink in sinks:
         exporter = by_name.get(sink.format.name)
         if exporter is not None:
-            outputs[exporter.name] = workspace.finish_output(exporter, sink, prepared.folder, prepared.layers, rows)
+            outputs[exporter.name] = workspace.finish_output(
+                exporter, sink, prepared.folder, prepared.layers, rows, untied=prepared.frame is not None
+            )
     return outputs
 
 

@@ -111,7 +111,7 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
         full_names=frozenset(config.ignored_layers.special_names),
     )
     quant = config.quant
-    recipe = make_recipe(quant.method, quant.options, spec, ignored, quant_out=quant.quant_out)
+    recipe = make_recipe(quant.method, quant.options, spec, ignored, quant_out=quant.quant_out, seed=config.base.seed)
     if recipe.needs_data and config.calib is None:
         names = [step.algorithm.name for step in recipe.steps if step.needs.data]
         raise ConfigError(

@@ -1,6 +1,17 @@
 """Methods: each a short file over statistics and a view of one subset."""
 
-from .base import Algorithm, ClipRatios, InspectCalls, LayerNote, Needs, Options, Statistics, SubsetView, new_statistics
+from .base import (
+    Algorithm,
+    ClipRatios,
+    Frame,
+    InspectCalls,
+    LayerNote,
+    Needs,
+    Options,
+    Statistics,
+    SubsetView,
+    new_statistics,
+)
 from .recipe import Ignored, Recipe, Step, make_recipe
 from .registry import ALGORITHMS, options_types
 
@@ -8,6 +19,7 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "ClipRatios",
+    "Frame",
     "Ignored",
     "InspectCalls",
     "LayerNote",

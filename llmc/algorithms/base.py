@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from ..models import Heads, ScaleRule, Subset, scale_rule
+from ..models import Heads, Residual, ScaleRule, Subset, scale_rule
 from ..quant import QuantSpec, QWeight
 from .stats import AbsMean, Gram
 
@@ -144,10 +144,31 @@ class SubsetView:
                 self.linears[name].weight.data = weight
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What a transform that needs no data may know of the whole model.
+
+    Attributes:
+        subsets: those of every block.
+        heads: attention geometry.
+        residual: who writes and reads the residual outside of the blocks.
+        width: channels of the residual.
+        seed: ``base.seed``, of every random choice.
+    """
+
+    subsets: tuple[Subset, ...]
+    heads: Heads
+    residual: Residual
+    width: int
+    seed: int
+
+
 class Algorithm:
     """Base of all methods. A *transform* leaves the float model's output unchanged; a *quantizer* delivers codes.
 
-    A new method is one file with a subclass, listed in ``registry.py``.
+    A transform that needs no data changes weights as they're loaded: it has ``embedding``, ``block`` and ``head``
+    instead of ``subset``, and everything after it sees the model that it made. A new method is one file with a
+    subclass, listed in ``registry.py``.
     """
 
     name: ClassVar[str]
@@ -167,6 +188,26 @@ class Algorithm:
     def subset(self, view: SubsetView) -> None:
         """Called once for each subset of each block, with its statistics ready."""
         raise NotImplementedError
+
+    def embedding(self, weights: Mapping[str, Tensor], frame: Frame) -> dict[str, Tensor]:
+        """What stands in front of the blocks, by the model's parameter names, changed; dtypes stay."""
+        raise NotImplementedError
+
+    def block(self, block: nn.Module, index: int, frame: Frame) -> None:
+        """Change block ``index``, just loaded, in place."""
+        raise NotImplementedError
+
+    def head(self, weights: Mapping[str, Tensor], frame: Frame) -> dict[str, Tensor]:
+        """What stands behind the blocks, changed; a head that is tied to the embedding is among it."""
+        raise NotImplementedError
+
+    def hidden(self, hidden: Tensor, frame: Frame) -> Tensor:
+        """The hidden state ``[..., width]`` between two blocks of the changed model, given the original's."""
+        raise NotImplementedError
+
+    def warnings(self, frame: Frame) -> list[str]:
+        """What the user should know before a weight is read."""
+        return []
 
 
 def new_statistics(wanted: Sequence[str] | frozenset[str], columns: int, device: torch.device) -> Statistics:

@@ -44,6 +44,11 @@ class Step:
     algorithm: Algorithm
     needs: Needs
 
+    @property
+    def at_load(self) -> bool:
+        """Whether it is a transform that needs no data, which changes weights as they're loaded."""
+        return self.algorithm.kind == "transform" and not self.needs.data
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -52,16 +57,28 @@ class Recipe:
     Attributes:
         steps: in order.
         spec: the grid of every quantized Linear; None when nothing is quantized.
-        ignored: Linears that keep their weights.
+        ignored: Linears that are not quantized.
+        seed: of every random choice.
     """
 
     steps: tuple[Step, ...]
     spec: QuantSpec | None
     ignored: Ignored = field(default_factory=Ignored)
+    seed: int = 0
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
         return None if self.ignored.covers(block, name, full_name) else self.spec
+
+    @property
+    def at_load(self) -> tuple[Algorithm, ...]:
+        """The transforms that change weights as they're loaded."""
+        return tuple(step.algorithm for step in self.steps if step.at_load)
+
+    @property
+    def in_block(self) -> tuple[Step, ...]:
+        """The steps after those."""
+        return tuple(step for step in self.steps if not step.at_load)
 
     @property
     def needs_data(self) -> bool:
@@ -86,11 +103,13 @@ def make_recipe(
     ignored: Ignored,
     *,
     quant_out: bool | None,
+    seed: int = 0,
 ) -> Recipe:
     """Order the methods, add RTN where no quantizer is named, and check that the order makes sense.
 
     Raises:
-        ConfigError: two weight quantizers, a transform behind the quantizer, or a method named twice.
+        ConfigError: two weight quantizers, a transform behind the quantizer or behind one that it must precede, or a
+            method named twice.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -117,4 +136,12 @@ def make_recipe(
         raise ConfigError(
             "quant.weight is missing: no grid for the weights", "add quant.weight.bit and its granularity"
         )
-    return Recipe(tuple(Step(a, a.needs(quant_out=quant_out)) for a in chosen), spec, ignored)
+    steps = tuple(Step(algorithm, algorithm.needs(quant_out=quant_out)) for algorithm in chosen)
+    ordered = sorted(steps, key=lambda step: not step.at_load)
+    if ordered != list(steps):
+        late = next(step for step, wanted in zip(ordered, steps, strict=True) if step is not wanted).algorithm.name
+        raise ConfigError(
+            f"quant.method: {late} must come first, since it changes the weights as they are loaded",
+            f"write {[step.algorithm.name for step in ordered]}",
+        )
+    return Recipe(steps, spec, ignored, seed)

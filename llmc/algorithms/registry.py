@@ -5,9 +5,10 @@ from __future__ import annotations
 from .awq import Awq
 from .base import Algorithm, Options
 from .gptq import GPTQ
+from .quarot import Quarot
 from .rtn import RTN
 
-ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq)
+ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq, Quarot)
 
 
 def options_types() -> dict[str, type[Options]]:

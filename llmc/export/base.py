@@ -114,6 +114,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def with_own_head(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model whose head doesn't share the embedding's weights."""
+    inner = config.get("text_config")
+    nested = {"text_config": with_own_head(inner)} if isinstance(inner, dict) else {}
+    return {**config, **nested, "tie_word_embeddings": False}
+
+
 def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The configuration with another weight dtype, under whichever of its two names it has."""
     name = str(dtype).removeprefix("torch.")

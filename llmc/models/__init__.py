@@ -1,18 +1,24 @@
 """Architectures as data, and the function-preserving changes that they allow."""
 
-from .adapter import Heads, ModelAdapter, Space, Subset, heads_of
+from .adapter import Heads, ModelAdapter, Residual, Space, Subset, heads_of
 from .fold import ScaleRule, fold_scale, scale_rule
 from .registry import ADAPTERS, find_adapter
+from .rotate import residual_of, rotate_block, rotate_embedding, rotate_head
 
 __all__ = [
     "ADAPTERS",
     "Heads",
     "ModelAdapter",
+    "Residual",
     "ScaleRule",
     "Space",
     "Subset",
     "find_adapter",
     "fold_scale",
     "heads_of",
+    "residual_of",
+    "rotate_block",
+    "rotate_embedding",
+    "rotate_head",
     "scale_rule",
 ]

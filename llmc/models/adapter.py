@@ -19,13 +19,33 @@ class Subset:
         linears: names inside the block, such as ``self_attn.q_proj``.
         prev: the module that can absorb a scale of that tensor (a norm or a Linear); None if nothing can.
         inspect: the smallest module whose output sees the effect; ``""`` is the block.
-        reads: the space of the shared input. ``heads`` is the attention's output, grouped by query head.
+        reads: the space of the shared input. ``heads`` is the attention's output, grouped by query head; a subset that
+            reads it has the value projection as ``prev``.
+        writes: the space of the outputs; None if nobody declared it.
     """
 
     linears: tuple[str, ...]
     prev: str | None
     inspect: str
     reads: Space = "residual"
+    writes: Space | None = None
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream outside of the blocks.
+
+    Attributes:
+        writers: the modules in front of the blocks whose weights' rows are added to it.
+        norm: the norm behind the last block.
+        readers: the Linears that read that norm's output; they have no bias, or one that nothing must change.
+        keeps_mean: whether norms subtract the mean (LayerNorm), so that a rotation must commute with that.
+    """
+
+    writers: tuple[str, ...]
+    norm: str
+    readers: tuple[str, ...]
+    keeps_mean: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,6 +68,8 @@ class ModelAdapter:
         head: names of the modules behind the last block; whatever is neither here nor in a block comes before it.
         subsets: from the model's (text) config to a block's subsets, in execution order.
         aliases: further values of ``model.type``.
+        residual: from the same config to the residual stream outside of the blocks; raises ModelError with the reason
+            where it can't be rotated. None if nobody declared it.
     """
 
     name: str
@@ -56,6 +78,7 @@ class ModelAdapter:
     head: tuple[str, ...]
     subsets: Callable[[PretrainedConfig], tuple[Subset, ...]]
     aliases: tuple[str, ...] = ()
+    residual: Callable[[PretrainedConfig], Residual] | None = None
 
 
 def heads_of(config: Any) -> Heads:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .adapter import ModelAdapter
-from .llama import subsets
+from .llama import residual, subsets
 
-MISTRAL = ModelAdapter("Mistral", ("mistral",), "model.layers", ("model.norm", "lm_head"), subsets)
+MISTRAL = ModelAdapter("Mistral", ("mistral",), "model.layers", ("model.norm", "lm_head"), subsets, residual=residual)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from .adapter import ModelAdapter, Subset
+from ..errors import ModelError
+from .adapter import ModelAdapter, Residual, Subset
 
 
 def subsets(config: PretrainedConfig) -> tuple[Subset, ...]:
@@ -13,11 +14,29 @@ def subsets(config: PretrainedConfig) -> tuple[Subset, ...]:
     before = bool(getattr(config, "do_layer_norm_before", True))
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return (
-        Subset(qkv, "self_attn_layer_norm" if before else None, "self_attn"),
-        Subset(("self_attn.out_proj",), "self_attn.v_proj", "self_attn.out_proj", reads="heads"),
-        Subset(("fc1",), "final_layer_norm" if before else None, "fc1"),
-        Subset(("fc2",), "fc1", "fc2", reads="ffn"),
+        Subset(qkv, "self_attn_layer_norm" if before else None, "self_attn", writes="heads"),
+        Subset(("self_attn.out_proj",), "self_attn.v_proj", "self_attn.out_proj", reads="heads", writes="residual"),
+        Subset(("fc1",), "final_layer_norm" if before else None, "fc1", writes="ffn"),
+        Subset(("fc2",), "fc1", "fc2", reads="ffn", writes="residual"),
     )
+
+
+def residual(config: PretrainedConfig) -> Residual:
+    """Token and position embeddings enter it, the head reads it through the last norm.
+
+    Raises:
+        ModelError: a norm stands behind each addition, the last norm is missing, or the embedding is narrower than it.
+    """
+    if not getattr(config, "do_layer_norm_before", True):
+        reason = "its norms stand behind each addition, so that their weights scale the residual channel by channel"
+    elif getattr(config, "_remove_final_layer_norm", False):
+        reason = "it has no norm behind the last block (_remove_final_layer_norm)"
+    elif getattr(config, "word_embed_proj_dim", None) not in (None, config.hidden_size):
+        reason = "projections stand between the embedding and the residual (word_embed_proj_dim)"
+    else:
+        before = ("model.decoder.embed_tokens", "model.decoder.embed_positions")
+        return Residual(before, "model.decoder.final_layer_norm", ("lm_head",), keeps_mean=True)
+    raise ModelError(f"the residual of this OPT model can't be rotated: {reason}", "use a method without a rotation")
 
 
 OPT = ModelAdapter(
@@ -27,4 +46,5 @@ OPT = ModelAdapter(
     head=("model.decoder.final_layer_norm", "model.decoder.project_out", "lm_head"),
     subsets=subsets,
     aliases=("OPT",),
+    residual=residual,
 )

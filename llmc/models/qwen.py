@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adapter import ModelAdapter
-from .llama import subsets
+from .llama import residual, subsets
 
-QWEN2 = ModelAdapter("Qwen2", ("qwen2",), "model.layers", ("model.norm", "lm_head"), subsets)
-QWEN3 = ModelAdapter("Qwen3", ("qwen3",), "model.layers", ("model.norm", "lm_head"), subsets)
+QWEN2 = ModelAdapter("Qwen2", ("qwen2",), "model.layers", ("model.norm", "lm_head"), subsets, residual=residual)
+QWEN3 = ModelAdapter("Qwen3", ("qwen3",), "model.layers", ("model.norm", "lm_head"), subsets, residual=residual)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import ClipRatios, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
+from ..algorithms import ClipRatios, Frame, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
 from ..quant import QWeight, UnitRecord
 from .memory import trim_heap, unheaped
@@ -20,13 +20,14 @@ from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_to
 
 @dataclass(frozen=True)
 class WorkContext:
-    """What is the same for all blocks."""
+    """What is the same for all blocks. The frame is there if a transform changes weights as they're loaded."""
 
     recipe: Recipe
     subsets: tuple[Subset, ...]
     heads: Heads
     device: torch.device
     forward: Literal["auto", "staged", "replay"]
+    frame: Frame | None = None
 
 
 @dataclass
@@ -55,6 +56,18 @@ class BlockWork:
     scales: dict[str, list[float]] = field(default_factory=dict)
     _pending: list[Tensor] | None = None
 
+    def load(self) -> None:
+        """Let the transforms change the block that need no data.
+
+        What won't be quantized is rounded to its stored dtype at once: whoever runs the block sees the same weights, in
+        a resumed run too.
+        """
+        frame = self.context.frame
+        if frame is not None and self.context.recipe.at_load:
+            for algorithm in self.context.recipe.at_load:
+                algorithm.block(self.block, self.index, frame)
+            self._store_plain()
+
     def transform(self, original: BlockRun | None, compressed: BlockRun | None) -> None:
         """Run the transforms. Brings the original calibration stream behind the block.
 
@@ -64,11 +77,11 @@ class BlockWork:
         """
         readers = [s for s in self._data_steps() if not s.needs.compressed_stream]
         single = len(readers) == 1 and not readers[0].needs.sequential
-        first = single and readers[0] is self.context.recipe.steps[0]
+        first = single and readers[0] is self.context.recipe.in_block[0]
         pending = None
         if original is not None and not first:
             pending = [original.forward(batch).cpu() for batch in range(len(original.inputs))]
-        for step in self.context.recipe.steps:
+        for step in self.context.recipe.in_block:
             if step.algorithm.kind == "transform":
                 run = compressed if step.needs.compressed_stream else original
                 self._phase(step, run, keep=run is original and first)

@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from ..algorithms import LayerNote, Recipe
+from ..algorithms import Frame, LayerNote, Recipe
 from ..errors import RunError
 from ..models import Heads, Subset
 from ..quant import UnitRecord
 from .activations import ActivationStore, Stream
 from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
+from .edges import Edges
 from .journal import Journal
 from .memory import give_back_memory, short_collections
 from .sink import Sink
@@ -95,6 +97,7 @@ class Engine:
         device: where blocks are run.
         options: how to run.
         listener: hears of progress.
+        frame: what transforms may know of the model that need no data; None: there is none of them.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Engine:
         device: torch.device,
         options: EngineOptions,
         listener: Listener,
+        frame: Frame | None = None,
     ) -> None:
         if journal.rows and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
@@ -125,7 +129,8 @@ class Engine:
         self._count = len(skeleton.blocks)
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._spent: dict[str, float] = {}
-        self._work = WorkContext(recipe, subsets, heads, device, options.forward)
+        self._work = WorkContext(recipe, subsets, heads, device, options.forward, frame)
+        self._edges = Edges(recipe.at_load, frame, skeleton, device)
 
     @torch.no_grad()
     def run(self) -> Outcome:
@@ -160,20 +165,28 @@ class Engine:
         self._listener.phase("embedding")
         raw = self._source.take(EMBED)
         check_finite(raw)
-        self._write_through(EMBED, raw)
-        self._skeleton.load(raw)
-        resumed = self._journal.last("activations") is not None
-        for name, batches in self._wanted_streams().items():
-            width = self._skeleton.model.config.get_text_config().hidden_size
-            shapes = [(tokens.shape[0], tokens.shape[1], width) for tokens in batches]
-            stream = self._store.add(name, shapes, self._skeleton.model.dtype)
-            for index, tokens in enumerate(batches):
-                hidden = self._record(tokens)
-                if not resumed:
-                    stream.store(index, hidden)
+        changed = self._edges.embedding(raw)
+        self._write_through(EMBED, changed)
+        wanted = self._wanted_streams()
+        for weights, names in self._edges.by_state(raw, changed, wanted):
+            self._skeleton.load(weights)
+            for name in names:
+                self._fill(name, wanted[name])
         self._skeleton.release_unit(EMBED)
+        kept = self._skeleton.tied_head and (self._edges.change or self._evaluation.positions)
         give_back_memory()
-        return raw if self._skeleton.tied_head and self._evaluation.positions else {}
+        return raw if kept else {}
+
+    def _fill(self, name: str, batches: Sequence[Tensor]) -> None:
+        """Make a stream of the first block's inputs."""
+        width = self._skeleton.model.config.get_text_config().hidden_size
+        shapes = [(tokens.shape[0], tokens.shape[1], width) for tokens in batches]
+        stream = self._store.add(name, shapes, self._skeleton.model.dtype)
+        resumed = self._journal.last("activations") is not None
+        for index, tokens in enumerate(batches):
+            hidden = self._record(tokens)
+            if not resumed:
+                stream.store(index, hidden)
 
     def _wanted_streams(self) -> dict[str, Sequence[Tensor]]:
         """Streams that somebody reads."""
@@ -217,6 +230,7 @@ class Engine:
         block = self._skeleton.blocks[index]
         self._propagate(index, "eval.pretrain", "evaluate")
         work = BlockWork(self._work, index, block, self._prefix(index), stored)
+        self._timed("calibrate", work.load)
         row = self._journal.unit(unit)
         if row is None:
             row = self._compress(index, unit, work)
@@ -302,8 +316,9 @@ class Engine:
             return None
         change = size = 0.0
         for y, y_q in zip(original.tensors().values(), compressed.tensors().values(), strict=True):
-            change += float((y_q.float() - y.float()).square().sum())
-            size += float(y.float().square().sum())
+            y = self._edges.hidden(y)
+            change += float((y_q.float() - y).square().sum())
+            size += float(y.square().sum())
         return change / max(size, 1e-30)
 
     def _checkpoint(self, index: int) -> None:
@@ -320,27 +335,28 @@ class Engine:
         self._listener.phase("head")
         raw = self._source.take(HEAD)
         check_finite(raw)
-        self._write_through(HEAD, raw)
-        if not self._evaluation.positions:
-            return
-        self._skeleton.load(raw | embedding)
-        if embedding:
-            self._skeleton.tie()
-        for position in sorted(self._evaluation.positions):
-            stream = self._store.streams[f"eval.{position}"]
+        changed = self._edges.head(raw, embedding)
+        self._write_through(HEAD, changed)
+        streams = [f"eval.{position}" for position in sorted(self._evaluation.positions)]
+        for weights, names in self._edges.by_state(raw, changed, streams):
+            tied = embedding if weights is raw else {}
+            self._skeleton.load(weights | tied)
+            if tied:
+                self._skeleton.tie()
+            for name in names:
+                position = name.removeprefix("eval.")
+                self._listener.phase(f"perplexity ({position})")
+                outcome.losses[position] = self._timed("evaluate", partial(self._losses, self._store.streams[name]))
+            self._skeleton.release_unit(HEAD)
 
-            def losses(stream: Stream = stream) -> list[Tensor]:
-                return [
-                    token_losses(self._skeleton, stream.load(index, self._device), tokens.to(self._device)).cpu()
-                    for index, tokens in enumerate(self._evaluation.tokens)
-                ]
-
-            self._listener.phase(f"perplexity ({position})")
-            outcome.losses[position] = self._timed("evaluate", losses)
-        self._skeleton.release_unit(HEAD)
+    def _losses(self, stream: Stream) -> list[Tensor]:
+        return [
+            token_losses(self._skeleton, stream.load(index, self._device), tokens.to(self._device)).cpu()
+            for index, tokens in enumerate(self._evaluation.tokens)
+        ]
 
     def _write_through(self, unit: str, raw: dict[str, Tensor]) -> None:
-        """Embedding and head go to every output as they are."""
+        """Embedding and head go to every output alike."""
         if self._journal.unit(unit) is not None:
             return
         sinks = [*self._sinks, *([self._transformed] if self._transformed is not None else [])]

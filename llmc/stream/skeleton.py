@@ -117,7 +117,7 @@ class Skeleton:
             else:
                 behind = any(renamed.startswith(f"{module}.") for module in head)
                 self.units[HEAD if behind else EMBED].append(name)
-        missing = sorted(set(state) - set(self.parameter_of.values()) - set(self._tied()) - self._buffers())
+        missing = sorted(set(state) - set(self.parameter_of.values()) - set(self.tied()) - self._buffers())
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(f"the checkpoint has no tensor {missing[0]}{more}", "is the download complete?")
@@ -125,13 +125,14 @@ class Skeleton:
     def _buffers(self) -> set[str]:
         return {name for name, _ in self.model.named_buffers()}
 
-    def _tied(self) -> dict[str, str]:
+    def tied(self) -> dict[str, str]:
+        """Parameters that the model shares with others, and with which, where its configuration ties them."""
         tied = getattr(self.model, "all_tied_weights_keys", None)
         return dict(tied) if isinstance(tied, Mapping) else {}
 
     def _keep_tied(self) -> None:
         stored = set(self.parameter_of.values())
-        self.tied_head = any(name not in stored and source in stored for name, source in self._tied().items())
+        self.tied_head = any(name not in stored and source in stored for name, source in self.tied().items())
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Convert and place checkpoint tensors. They take the skeleton's dtype, whatever theirs.

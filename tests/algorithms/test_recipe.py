@@ -24,6 +24,8 @@ def recipe(*methods: str, spec: QuantSpec | None = SPEC, ignored: Ignored | None
         (["Awq"], ["Awq", "RTN"]),
         (["Awq", "GPTQ"], ["Awq", "GPTQ"]),
         (["Awq", "RTN"], ["Awq", "RTN"]),
+        (["Quarot"], ["Quarot", "RTN"]),
+        (["Quarot", "Awq", "GPTQ"], ["Quarot", "Awq", "GPTQ"]),
         ([], ["RTN"]),
     ],
 )
@@ -37,6 +39,7 @@ def test_a_recipe_ends_with_one_quantizer(methods, steps):
         (["GPTQ", "Awq"], "GPTQ must come last", "['Awq', 'GPTQ']"),
         (["GPTQ", "RTN"], "two weight quantizers, GPTQ and RTN", "['GPTQ']"),
         (["Awq", "RTN", "GPTQ"], "two weight quantizers, RTN and GPTQ", "['Awq', 'RTN']"),
+        (["Awq", "Quarot", "GPTQ"], "Quarot must come first", "['Quarot', 'Awq', 'GPTQ']"),
         (["Awq", "Awq"], "names a method twice", "once"),
     ],
 )
@@ -69,6 +72,8 @@ def test_options_reach_their_method():
         (["Awq", "GPTQ"], None, True, True),
         (["Awq", "GPTQ"], False, True, False),
         (["Awq", "GPTQ"], True, False, True),
+        (["Quarot"], None, False, False),
+        (["Quarot", "Awq"], None, True, False),
     ],
 )
 def test_only_streams_that_a_step_reads_are_asked_for(methods, quant_out, original, compressed):

@@ -73,7 +73,7 @@ def contains(message: str, *parts: str) -> None:
     [
         ("quant.wieght.bit=4", ["quant.wieght", "did you mean 'weight'"]),
         ("quant.method=GTPQ", ["quant.method", "'GTPQ'", "did you mean 'GPTQ'"]),
-        ("quant.method=Quarot", ["quant.method", "'Quarot' isn't available", "GPTQ"]),
+        ("quant.method=TesseraQ", ["quant.method", "'TesseraQ' isn't available", "GPTQ"]),
         ("quant.weight.symmetric=4", ["quant.weight.symmetric", "4"]),
         ("quant.weight.bit=17", ["quant.weight.bit", "17 is not in 2..16"]),
         ("quant.weight.group_size=0", ["quant.weight.group_size", "above 0"]),

@@ -4,49 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact import CONFIGS, change, model_of
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmc.models import Heads, ScaleRule, Subset, find_adapter, fold_scale, heads_of, scale_rule
-
-TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-ROTARY = {**TINY, "intermediate_size": 40, "max_position_embeddings": 64}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**ROTARY, num_key_value_heads=4),
-    "llama-gqa": LlamaConfig(**ROTARY, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
-    "mistral": MistralConfig(**ROTARY, num_key_value_heads=2, sliding_window=4),
-    "qwen2": Qwen2Config(**ROTARY, num_key_value_heads=2),
-    "qwen2-mha": Qwen2Config(**ROTARY, num_key_value_heads=4),
-    "qwen3": Qwen3Config(**ROTARY, num_key_value_heads=2, head_dim=16),
-    "opt": OPTConfig(**TINY, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=32),
-    "opt-post-norm": OPTConfig(
-        **TINY, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False
-    ),
-}
-
-
-def model_of(config: PretrainedConfig) -> PreTrainedModel:
-    """Random weights, biases and norms, no signs preferred, in float64 throughout: Transformers' RMSNorm goes through
-    float32, where an error below 1e-7 would hide."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa").eval()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            exact = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
-            model.set_submodule(name, exact)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
-    return model
 
 
 def block_of(model: PreTrainedModel) -> nn.Module:
@@ -76,10 +38,6 @@ def fold(model: PreTrainedModel, subset: Subset, stored: torch.dtype, seed: int 
     rule = scale_rule(subset, prev, columns, heads, allow_gqa=True)
     exponents = torch.rand(columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6 - 3
     fold_scale(prev, linears, rule.tie(torch.exp2(exponents)), rule, stored)
-
-
-def change(before: Tensor, after: Tensor) -> float:
-    return ((after - before).abs().max() / before.abs().max()).item()
 
 
 CASES = [

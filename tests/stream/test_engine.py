@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmc.algorithms import Ignored, make_recipe
+from llmc.algorithms import Frame, Ignored, make_recipe
 from llmc.errors import CheckpointError, RunError
 from llmc.eval.perplexity import mean_losses, perplexity
 from llmc.export import read_config
 from llmc.export.dense import FakeQuant, Transformed
 from llmc.export.vllm import VLLM
-from llmc.models import heads_of
+from llmc.models import heads_of, residual_of
 from llmc.quant import PerGroup, QuantSpec
 from llmc.stream import engine as engine_module
 from llmc.stream.activations import ActivationStore
@@ -30,7 +30,7 @@ from llmc.stream.files import write_json
 from llmc.stream.journal import Journal
 from llmc.stream.sink import Sink
 
-METHODS = ["RTN", "GPTQ", "Awq"]
+METHODS = ["RTN", "GPTQ", "Awq", "Quarot+GPTQ"]
 SPEC = QuantSpec(4, symmetric=False, granularity=PerGroup(32), scale_dtype=torch.bfloat16)
 BLOCKS = 4
 UNITS = ["embed", *(f"block-{index}" for index in range(BLOCKS)), "head"]
@@ -95,13 +95,18 @@ class Pass:
         self.witness = Witness(fatal)
         skeleton = self.tiny.skeleton()
         source, sinks = self.tiny.source(skeleton), self.sinks()
+        recipe = make_recipe(self.method.split("+"), {}, SPEC, self.ignored, quant_out=self.quant_out)
+        config, subsets, heads = self.tiny.config, self.tiny.subsets, heads_of(self.tiny.config)
+        frame = None
+        if recipe.at_load:
+            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0)
         try:
             return Engine(
                 skeleton=skeleton,
                 source=source,
-                recipe=make_recipe(self.method.split("+"), {}, SPEC, self.ignored, quant_out=self.quant_out),
-                subsets=self.tiny.subsets,
-                heads=heads_of(self.tiny.config),
+                recipe=recipe,
+                subsets=subsets,
+                heads=heads,
                 calib=Batches(self.calib),
                 evaluation=Batches(self.evaluation, frozenset(self.positions)),
                 sinks=[sink for sink in sinks if not sink.format.transformed_only],
@@ -111,6 +116,7 @@ class Pass:
                 device=torch.device("cpu"),
                 options=EngineOptions(forward=self.forward, checkpoint_every=self.checkpoint_every),
                 listener=self.witness,
+                frame=frame,
             ).run()
         finally:
             source.close()
@@ -199,9 +205,10 @@ def test_perplexities_are_those_of_transformers_for_every_family(tiny, passes):
 
 
 def test_transforms_preserve_the_function(llama, passes):
-    losses = passes(llama, method="Awq").run().losses
-    assert not equal(losses["transformed"], losses["pretrain"])
-    assert close(losses["transformed"], losses["pretrain"], 5e-3)
+    for method in ("Awq", "Quarot", "Quarot+Awq"):
+        losses = passes(llama, method=method).run().losses
+        assert not equal(losses["transformed"], losses["pretrain"])
+        assert close(losses["transformed"], losses["pretrain"], 5e-3)
 
 
 @pytest.mark.parametrize("forward", ["staged", "replay"])
@@ -238,7 +245,11 @@ def test_killed_behind_any_block_it_ends_with_the_same_bytes(llama, passes, calm
 
 
 @pytest.mark.parametrize(
-    ("method", "quant_out"), [("Awq+GPTQ", None), ("Awq+GPTQ", False), ("Awq", True), ("GPTQ", False)]
+    ("method", "quant_out"),
+    [
+        *[("Awq+GPTQ", None), ("Awq+GPTQ", False), ("Awq", True), ("GPTQ", False)],
+        *[("Quarot", None), ("Quarot+Awq", None), ("Quarot+GPTQ", False), ("Quarot+Awq+GPTQ", None)],
+    ],
 )
 def test_whichever_streams_calibrate_a_killed_and_replayed_run_writes_the_same_bytes(llama, passes, method, quant_out):
     make = partial(passes, llama, method=method, quant_out=quant_out, formats=(VLLM,), positions=("fake_quant",))

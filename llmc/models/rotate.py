@@ -1,0 +1,189 @@
+"""Function-preserving rotations: of the residual (R1) and of the value heads (R2), as in QuaRot.
+
+Ashkboos et al., QuaRot: outlier-free 4-bit inference in rotated LLMs, 2024, section 4: stage 1a, and of 1c what needs
+nothing at run time. With ``Q`` orthogonal, whoever writes the residual writes ``xQ``, and whoever reads it undoes that.
+RMSNorm commutes with ``Q`` once its weight is moved into its readers. LayerNorm does so too if ``Q`` also keeps the
+mean (``make_rotation(keeps_mean=True)``): a model with LayerNorms stays one, nothing needs to replace them.
+
+Arithmetic is float64, one Linear at a time; each weight is rounded once, to the dtype that it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from ..errors import ModelError
+from ..linalg import Rotation
+from .adapter import Heads, ModelAdapter, Residual, Subset
+
+_CHUNK = 2**22  # elements that are float64 at a time, of an embedding or head
+
+
+def residual_of(adapter: ModelAdapter, config: PretrainedConfig) -> Residual:
+    """What a rotation of the residual must know of a model besides its subsets.
+
+    Raises:
+        ModelError: the family doesn't allow a rotation, or nobody declared who reads and writes its residual.
+    """
+    subsets = adapter.subsets(config)
+    undeclared = any(subset.writes is None for subset in subsets)
+    if adapter.residual is None or undeclared:
+        raise ModelError(
+            f"the adapter {adapter.name} doesn't declare who writes and reads the residual, which a rotation must know",
+            "declare `residual` and each subset's `writes`, as llmc/models/llama.py does, "
+            "or use a method without a rotation",
+        )
+    residual = adapter.residual(config)
+    bare = next((subset.linears[0] for subset in subsets if subset.reads == "residual" and subset.prev is None), None)
+    if bare is not None:
+        raise ModelError(
+            f"{bare} reads the residual, but no norm in front of it is known", "use a method without a rotation"
+        )
+    return residual
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A norm's weight and bias ``[n]`` float64, to be moved into its readers.
+
+    ``into_bias``: every reader has a bias, which takes up the norm's. Otherwise the direction does that which a
+    LayerNorm's normalized output never has, that of the mean: the norm gets a bias of ones, the readers lose what they
+    have in that direction, and there get what the norm's bias gave them. RMSNorms have no bias.
+    """
+
+    scale: Tensor
+    shift: Tensor | None
+    into_bias: bool
+
+    def fuse(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight ``[out, n]`` and bias ``[out]`` of a reader, float64, that read the bare norm."""
+        fused = weight * self.scale
+        if self.shift is None:
+            return fused, bias
+        given = weight @ self.shift
+        if bias is not None and self.into_bias:
+            return fused, bias + given
+        return fused - fused.mean(1, keepdim=True) + given[:, None] / len(self.scale), bias
+
+    @property
+    def left(self) -> tuple[float, float]:
+        """Weight and bias that the norm keeps."""
+        return 1.0, 0.0 if self.into_bias else 1.0
+
+
+@torch.no_grad()
+def rotate_block(
+    block: nn.Module, subsets: Sequence[Subset], heads: Heads, residual: Rotation, values: Rotation
+) -> None:
+    """Fuse the norms of a block into their readers, and rotate it, in place.
+
+    Args:
+        block: with weights of any float dtype.
+        subsets: with their ``reads`` and ``writes``; whoever reads the residual has a norm as ``prev``.
+        heads: attention geometry.
+        residual: R1, of the hidden size.
+        values: R2, of a head's size, the same for all heads.
+    """
+    readers: dict[str, list[nn.Linear]] = {}
+    for subset in subsets:
+        if subset.reads == "residual" and subset.prev is not None:
+            readers.setdefault(subset.prev, []).extend(_linear(block, name) for name in subset.linears)
+    norms = {name: _norm(block.get_submodule(name), linears) for name, linears in readers.items()}
+    value = {subset.prev for subset in subsets if subset.reads == "heads"}
+
+    def by_head(rows: Tensor) -> Tensor:
+        return values(rows.reshape(*rows.shape[:-1], -1, heads.dim)).flatten(-2)
+
+    for subset in subsets:
+        for name in subset.linears:
+            linear = _linear(block, name)
+            weight = linear.weight.double()
+            bias: Tensor | None = linear.bias.double() if isinstance(linear.bias, Tensor) else None
+            if subset.reads == "residual" and subset.prev is not None:
+                weight, bias = norms[subset.prev].fuse(weight, bias)
+                weight = residual(weight)
+            elif subset.reads == "heads":
+                weight = by_head(weight)
+            after = residual if subset.writes == "residual" else by_head if name in value else None
+            if after is not None:  # output channels are the rows
+                weight, bias = after(weight.T).T, None if bias is None else after(bias)
+            _set(linear, weight, bias)
+    for name, norm in norms.items():
+        _set(block.get_submodule(name), *(torch.full_like(norm.scale, part) for part in norm.left))
+
+
+def rotate_embedding(weights: Mapping[str, Tensor], declared: Residual, rotation: Rotation) -> dict[str, Tensor]:
+    """Rotate what is in front of the blocks.
+
+    Args:
+        weights: by the model's parameter names; embeddings are ``[rows, n]``.
+        declared: which of them are added to the residual.
+        rotation: R1.
+
+    Returns:
+        All of them, in their dtypes.
+    """
+    names = {f"{writer}.weight" for writer in declared.writers}
+    return {name: _in_chunks(weight, rotation) if name in names else weight for name, weight in weights.items()}
+
+
+def rotate_head(weights: Mapping[str, Tensor], declared: Residual, rotation: Rotation) -> dict[str, Tensor]:
+    """Fuse the last norm into its readers and rotate them.
+
+    Args:
+        weights: by the model's parameter names, the readers' among them also where they're tied to the embedding.
+        declared: norm and readers.
+        rotation: R1.
+
+    Returns:
+        All of them, in their dtypes.
+    """
+    shift_name = f"{declared.norm}.bias"
+    shift = weights.get(shift_name)
+    scale = weights[f"{declared.norm}.weight"].double()
+    norm = _Norm(scale, None if shift is None else shift.double(), into_bias=False)
+    changed = dict(weights)
+    changed[f"{declared.norm}.weight"] = torch.full_like(weights[f"{declared.norm}.weight"], norm.left[0])
+    if shift is not None:
+        changed[shift_name] = torch.full_like(shift, norm.left[1])
+    for reader in declared.readers:
+        weight = weights[f"{reader}.weight"]
+        changed[f"{reader}.weight"] = _in_chunks(weight, lambda rows: rotation(norm.fuse(rows, None)[0]))
+    return changed
+
+
+def _norm(module: nn.Module, readers: Sequence[nn.Linear]) -> _Norm:
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise ModelError(f"a {type(module).__name__} has no weight to fuse", "use a method without a rotation")
+    shift = bias.double() if isinstance(bias, Tensor) else None
+    return _Norm(weight.double(), shift, into_bias=all(linear.bias is not None for linear in readers))
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    module = block.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is a {type(module).__name__}, not a Linear")
+    return module
+
+
+def _set(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Round to the dtype that the module's parameters have."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        parameter = getattr(module, name, None)
+        if isinstance(parameter, nn.Parameter) and value is not None:
+            parameter.copy_(value)
+
+
+def _in_chunks(weight: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change ``[rows, n]`` in float64, some rows at a time, and round to its dtype."""
+    result = torch.empty_like(weight)
+    step = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        result[start : start + step] = change(weight[start : start + step].double())
+    return result
