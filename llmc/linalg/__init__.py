@@ -1,5 +1,6 @@
 """Linear algebra that torch doesn't have as one call."""
 
-from .solve import InverseFactor, inverse_cholesky
+from .columns import ColumnRule, replace_columns
+from .solve import InverseFactor, input_factor, inverse_cholesky
 
-__all__ = ["InverseFactor", "inverse_cholesky"]
+__all__ = ["ColumnRule", "InverseFactor", "input_factor", "inverse_cholesky", "replace_columns"]
