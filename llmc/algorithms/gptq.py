@@ -99,7 +99,8 @@ class GPTQ(Algorithm):
         ]
         static = self._static(spec, view.columns) or any(name in view.clips for name in names)
         fixed = (torch.cat([scale for scale, _ in ranges]), torch.cat([zero for _, zero in ranges])) if static else None
-        solution = solve(torch.cat(weights), gram, spec, self.options, fixed)
+        pruned = torch.cat([view.pruned[name] for name in names]) if view.pruned.keys() >= {*names} else None
+        solution = solve(torch.cat(weights), gram, spec, self.options, fixed, pruned)
         rows = [len(weight) for weight in weights]
         for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
             if solution is None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from .awq import Awq
 from .base import Algorithm, Options
 from .gptq import GPTQ
+from .magnitude import Magnitude
 from .rtn import RTN
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
 
-ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq)
+ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq, Magnitude, Wanda, SparseGPT)
 
 
 def options_types() -> dict[str, type[Options]]:

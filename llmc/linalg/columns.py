@@ -28,8 +28,8 @@ def replace_columns(work: Tensor, upper: Tensor, rule: ColumnRule, *, block: int
     """Replace every column as the rule says, and spread its error over the columns behind it.
 
     The error of column ``j``, ``e = (w_j - q_j) / U_jj``, is taken from column ``k`` with the weight ``U_jk``, where
-    ``UᵀU`` is the inverse Hessian: the least change of the outputs (GPTQ, Frantar et al. 2022, equations 2 and 3;
-    SparseGPT, Frantar and Alistarh 2023, algorithm 1).
+    ``UᵀU`` is the inverse Hessian: the least change of the outputs (algorithm 1 of GPTQ, Frantar et al. 2022, and
+    of SparseGPT, Frantar and Alistarh 2023).
 
     Args:
         work: the weight with its columns as rows, ``[in, out]``; holds afterwards what the rule saw of each column.

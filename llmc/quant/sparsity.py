@@ -41,13 +41,15 @@ class Sparsity:
 
     def describe(self) -> str:
         """A short name such as ``50% zeros`` or ``2:4 zeros``."""
-        return f"{100 * self.ratio:.4g}% zeros" if self.pattern is None else f"{self.pattern[0]}:{self.pattern[1]} zeros"
+        if self.pattern is None:
+            return f"{100 * self.ratio:.4g}% zeros"
+        return f"{self.pattern[0]}:{self.pattern[1]} zeros"
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
     """Mask ``[rows, n]`` of the ``count`` lowest scores of each row; of equal ones, those that come first."""
     rows = max(1, _PORTION // score.shape[1])
-    return torch.cat([_lowest(part, count) for part in score.split(rows)])
+    return torch.cat([_lowest(score[start : start + rows], count) for start in range(0, len(score), rows)])
 
 
 def _lowest(score: Tensor, count: int) -> Tensor:
