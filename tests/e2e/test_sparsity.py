@@ -15,7 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
+from llmc.algorithms import LayerNote
+from llmc.algorithms.rtn import RTN
 from llmc.cli import main
+from llmc.quant import quantize_weight
 from llmc.run import Silent, compress
 from llmc.stream.source import BlockSource
 
@@ -136,6 +139,16 @@ def test_a_quantizer_keeps_every_zero_and_each_position_is_its_own_model(pruned,
     for folder, options in ((FAKE, {}), (VLLM, {"quantization_config": CompressedTensorsConfig(dequantize=True)})):
         written = whole_model_perplexity(run, run.save_path / folder, **options)
         assert measured["fake_quant"] == pytest.approx(written, rel=1e-6)
+
+
+def test_a_quantizer_that_revives_a_weight_is_stopped(pruned, monkeypatch):
+    def careless(self: RTN, view: Any) -> None:
+        for name, spec in view.specs.items():
+            view.put(name, quantize_weight(torch.ones_like(view.linears[name].weight), spec), LayerNote())
+
+    monkeypatch.setattr(RTN, "subset", careless)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: the quantizer has revived pruned weights"):
+        pruned("Magnitude", "RTN").compress()
 
 
 def test_pruned_outputs_propagate_as_asked(pruned):
