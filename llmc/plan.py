@@ -48,7 +48,8 @@ def make_layers(
 
     Raises:
         ModelError: the adapter names a Linear that a block doesn't have.
-        ConfigError: a group size doesn't divide a layer's input channels, or ``ignored_layers`` matches nothing.
+        ConfigError: a group size or a run of ``sparse.weight.pattern`` doesn't divide a layer's input channels, or
+            ``ignored_layers`` matches nothing.
     """
     stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
     prefix = next(name for name, module in skeleton.model.named_modules() if module is skeleton.blocks)
@@ -63,10 +64,12 @@ def make_layers(
                 fused.append(stored[parameter].removesuffix(".weight"))
             for name, full in zip(subset.linears, fused, strict=True):
                 rows, columns = entries[f"{full}.weight"].shape
-                spec = recipe.spec_of(index, name, f"{prefix}.{index}.{name}")
-                touched |= spec is None
-                layers.append(Layer(full, rows, columns, spec, tuple(fused)))
+                place = (index, name, f"{prefix}.{index}.{name}")
+                touched |= recipe.ignored.covers(*place)
+                spec, sparsity = recipe.spec_of(*place), recipe.sparsity_of(*place)
+                layers.append(Layer(full, rows, columns, spec, tuple(fused), sparsity))
     _check_groups(layers)
+    _check_runs(layers)
     if recipe.steps and recipe.ignored.asked and not touched:
         raise ConfigError(
             "ignored_layers matches no layer of this model", "names look like mlp.down_proj; --dry-run lists them"
@@ -87,6 +90,18 @@ def _check_groups(layers: list[Layer]) -> None:
                 f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none of the usual ones'}; "
                 "or use granularity: per_channel",
             )
+
+
+def _check_runs(layers: list[Layer]) -> None:
+    for layer in layers:
+        if layer.sparsity is not None and layer.sparsity.pattern is not None:
+            zeros, of = layer.sparsity.pattern
+            if layer.columns % of:
+                raise ConfigError(
+                    f"sparse.weight.pattern: runs of {of} don't divide the {layer.columns} input channels of "
+                    f"{layer.name}",
+                    f"leave pattern out: sparsity {zeros / of:g} may be anywhere; or choose another, such as '2:4'",
+                )
 
 
 def bits_per_weight(layers: list[Layer]) -> float | None:

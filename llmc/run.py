@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -143,6 +143,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
                 "device": str(prepared.device),
             },
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
+            sparsity=None if prepared.recipe.sparsity is None else asdict(prepared.recipe.sparsity),
             bits=bits_per_weight(prepared.layers),
             perplexities=perplexities,
             outputs=outputs,

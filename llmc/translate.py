@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .algorithms import Ignored, Recipe, make_recipe
+from .algorithms import ALGORITHMS, Ignored, Recipe, make_recipe
 from .config import Config
 from .data import CalibrationSpec, EvaluationSpec
 from .errors import ConfigError
 from .export import EXPORTERS, Exporter
-from .quant import Granularity, MinMax, Mse, PerChannel, PerGroup, PerTensor, QuantSpec
+from .quant import Granularity, MinMax, Mse, PerChannel, PerGroup, PerTensor, QuantSpec, Sparsity
 
+_KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -30,7 +31,10 @@ def refuse_unavailable(config: Config) -> None:
         missing += ["quant.mix_bits"] if quant.mix_bits else []
         missing += ["quant.token_reduction"] if quant.token_reduction else []
         missing += _unavailable_weight(quant.weight)
-    missing += ["sparse"] if config.sparse is not None else []
+    if config.sparse is not None:
+        known = config.sparse.method in _KINDS
+        missing += [] if known else [f"sparse.method: {config.sparse.method}"]
+        missing += ["sparse.kvcache"] if config.sparse.kvcache is not None else []
     missing += ["opencompass"] if config.opencompass is not None else []
     missing += [f"eval type '{one.type}'" for one in config.eval if one.type != "ppl"]
     available = {exporter.name for exporter in EXPORTERS}
@@ -39,7 +43,8 @@ def refuse_unavailable(config: Config) -> None:
     if missing:
         raise ConfigError(
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
-            "available are weight-only integer quantization (2 to 8 bits), perplexity, "
+            "available are weight-only integer quantization (2 to 8 bits), pruning by "
+            f"{', '.join(name for name, kind in _KINDS.items() if kind == 'pruner')}, perplexity, "
             f"and {', '.join(sorted(available))}; remove the rest",
         )
 
@@ -103,15 +108,24 @@ def make_spec(config: Config, stored: torch.dtype) -> QuantSpec | None:
 
 def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
     """The steps of the run; none for a mere evaluation."""
-    if config.quant is None:
+    quant, sparse = config.quant, config.sparse
+    if quant is None and sparse is None:
         return Recipe((), None)
     ignored = Ignored(
         layers=frozenset(config.ignored_layers.layer_names),
         blocks=frozenset(config.ignored_layers.block_ids) or None,
         full_names=frozenset(config.ignored_layers.special_names),
     )
-    quant = config.quant
-    recipe = make_recipe(quant.method, quant.options, spec, ignored, quant_out=quant.quant_out, seed=config.base.seed)
+    recipe = make_recipe(
+        _methods(config),
+        {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
+        spec,
+        ignored,
+        quant_out=quant.quant_out if quant else None,
+        seed=config.base.seed,
+        sparsity=make_sparsity(config),
+        sparsity_out=sparse.sparsity_out if sparse else None,
+    )
     if recipe.needs_data and config.calib is None:
         names = [step.algorithm.name for step in recipe.steps if step.needs.data]
         raise ConfigError(
@@ -121,12 +135,40 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
     return recipe
 
 
+def _methods(config: Config) -> list[str]:
+    """The methods of both sections in their order: transforms, pruner, quantizer."""
+    methods = [] if config.quant is None else list(config.quant.method)
+    if misplaced := [name for name in methods if _KINDS[name] == "pruner"]:
+        raise ConfigError(
+            f"quant.method: {misplaced[0]} prunes, which isn't for the section quant",
+            f"write sparse: {{method: {misplaced[0]}, weight: {{sparsity: 0.5}}}} and "
+            f"quant.method: {[name for name in methods if _KINDS[name] != 'pruner'] or ['RTN']}, "
+            "or no section quant if nothing is to be quantized",
+        )
+    if config.sparse is not None:
+        place = len(methods) - (bool(methods) and _KINDS[methods[-1]] == "quantizer")
+        methods.insert(place, config.sparse.method)
+    return methods
+
+
+def make_sparsity(config: Config) -> Sparsity | None:
+    """How much is pruned."""
+    if config.sparse is None or config.sparse.weight.sparsity is None:
+        return None
+    weight = config.sparse.weight
+    if weight.pattern is None:
+        return Sparsity(config.sparse.weight.sparsity)
+    zeros, of = map(int, weight.pattern.split(":"))
+    return Sparsity(zeros / of, (zeros, of))
+
+
 def make_exporters(config: Config, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> list[Exporter]:
     """The formats that the file asks for."""
     asked = {name for name, value in config.save if value is True}
-    if asked and config.quant is None:
+    if asked and config.quant is None and config.sparse is None:
         raise ConfigError(
-            "save: there is nothing to save without a section 'quant'", "add quant, or remove the save_* keys"
+            "save: there is nothing to save without a section 'quant' or 'sparse'",
+            "add one of them, or remove the save_* keys",
         )
     return [kind(spec, stored, compute) for kind in EXPORTERS if kind.name in asked]
 

@@ -65,7 +65,8 @@ def test_a_config_parses_without_a_warning_and_its_dry_run_works(file, model, te
     for section in ("calib", "eval"):
         overrides += small(section, text) if section in sections else []
     prepared = prepare(load_config(file, overrides, options_types()))
-    assert all(layer.spec is not None for layer in prepared.layers)
+    assert {layer.spec is not None for layer in prepared.layers} == {"quant" in sections}
+    assert {layer.sparsity is not None for layer in prepared.layers} == {"sparse" in sections}
     assert len(prepared.layers) == 2 * 7
     assert {exporter.name for exporter in prepared.exporters} == {
         key for key, value in sections["save"].items() if value is True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..models import Heads, Residual, ScaleRule, Subset, scale_rule
-from ..quant import QuantSpec, QWeight
-from .stats import AbsMean, Gram
+from ..quant import QuantSpec, QWeight, Sparsity
+from .stats import AbsMean, Gram, SumSquares
 
 
 class Options(BaseModel):
@@ -29,7 +29,8 @@ class Needs:
     Attributes:
         data: statistics of calibration tokens.
         sequential: a subset's statistics must come from inputs that the already compressed subsets produced.
-        compressed_stream: calibrate on the compressed model's activations (``quant_out``) rather than the original's.
+        compressed_stream: calibrate on the compressed model's activations (``quant_out``, ``sparsity_out``) rather than
+            the original's.
     """
 
     data: bool
@@ -43,10 +44,11 @@ class Statistics:
 
     gram: Gram | None = None
     abs_mean: AbsMean | None = None
+    sum_squares: SumSquares | None = None
 
     def update(self, inputs: Tensor) -> None:
         """Add tokens ``[..., in]``."""
-        for statistic in (self.gram, self.abs_mean):
+        for statistic in (self.gram, self.abs_mean, self.sum_squares):
             if statistic is not None:
                 statistic.update(inputs)
 
@@ -74,11 +76,28 @@ class InspectCalls(Protocol):
 
 @dataclass
 class LayerNote:
-    """What the report says of one Linear."""
+    """What the report says of one Linear.
+
+    Attributes:
+        error: relative error of its output by the step that delivered it.
+        damp: damping that a factorization took.
+        fallback: why it was treated by a simpler method.
+        sparsity: fraction of its weights that were pruned; None if none were to be.
+        pruning_error: ``error`` of the pruning, where a quantizer followed.
+    """
 
     error: float = 0.0
     damp: float | None = None
     fallback: str | None = None
+    sparsity: float | None = None
+    pruning_error: float | None = None
+
+    def behind(self, earlier: LayerNote | None) -> LayerNote:
+        """This note of a quantizer with what the pruner before it had to say."""
+        if earlier is None:
+            return self
+        fallback = "; ".join(text for text in (earlier.fallback, self.fallback) if text) or None
+        return replace(self, fallback=fallback, sparsity=earlier.sparsity, pruning_error=earlier.error)
 
 
 @dataclass
@@ -94,7 +113,10 @@ class SubsetView:
         stats: accumulated statistics.
         calls: the inspected module's calls.
         clips: ranges that an earlier step found, by Linear; a later step starts from them.
-        quantized: results, by Linear.
+        sparsity: how much of each Linear a pruner is to prune; those left alone aren't in it.
+        pruned: masks ``[out, in]`` of the weights that a pruner made 0, by Linear; a quantizer must leave them 0.
+        weights: results of a pruner, by Linear.
+        quantized: results of a quantizer, by Linear.
         notes: what the report says, by Linear.
         scale: the input scale that was chosen for folding into ``prev``.
     """
@@ -107,6 +129,9 @@ class SubsetView:
     stats: Statistics
     calls: InspectCalls | None
     clips: dict[str, ClipRatios]
+    sparsity: Mapping[str, Sparsity] = field(default_factory=dict)
+    pruned: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QWeight] = field(default_factory=dict)
     notes: dict[str, LayerNote] = field(default_factory=dict)
     scale: tuple[Tensor, ScaleRule] | None = None
@@ -130,6 +155,12 @@ class SubsetView:
         """Deliver the quantized weight of a Linear."""
         self.quantized[name] = weight
         self.notes[name] = note
+
+    def prune(self, name: str, weight: Tensor, mask: Tensor, note: LayerNote) -> None:
+        """Deliver the weight ``[out, in]`` of a Linear without what ``mask`` (bool, ``[out, in]``) covers."""
+        self.weights[name] = weight.masked_fill(mask, 0)
+        self.pruned[name] = mask
+        self.notes[name] = replace(note, sparsity=float(mask.sum()) / mask.numel())
 
     @contextmanager
     def trial(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -164,7 +195,10 @@ class Frame:
 
 
 class Algorithm:
-    """Base of all methods. A *transform* leaves the float model's output unchanged; a *quantizer* delivers codes.
+    """Base of all methods.
+
+    A *transform* leaves the float model's output unchanged; a *pruner* makes weights 0; a *quantizer* delivers codes
+    and leaves 0 what a pruner before it has pruned.
 
     A transform that needs no data changes weights as they're loaded: it has ``embedding``, ``block`` and ``head``
     instead of ``subset``, and everything after it sees the model that it made. A new method is one file with a
@@ -172,13 +206,13 @@ class Algorithm:
     """
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["transform", "quantizer"]]
+    kind: ClassVar[Literal["transform", "pruner", "quantizer"]]
     options_type: ClassVar[type[Options]]
     statistics: ClassVar[frozenset[str]] = frozenset()
     """Names of the fields of ``Statistics`` that it reads."""
 
     def needs(self, *, quant_out: bool | None) -> Needs:
-        """What to ask of the engine, given ``quant.quant_out`` (None: the method's own habit)."""
+        """What to ask of the engine, given ``quant_out`` (of a pruner: ``sparsity_out``); None: its own habit."""
         raise NotImplementedError
 
     def scatters_groups(self, spec: QuantSpec) -> bool:
@@ -215,4 +249,5 @@ def new_statistics(wanted: Sequence[str] | frozenset[str], columns: int, device:
     return Statistics(
         gram=Gram(columns, device) if "gram" in wanted else None,
         abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
+        sum_squares=SumSquares(columns, device) if "sum_squares" in wanted else None,
     )

@@ -14,14 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import inverse_cholesky
+from ..linalg import input_factor, replace_columns
 from ..quant import PerGroup, PerTensor, QuantSpec, QWeight, quantize_weight
 from ..quant.affine import find_ranges, qparams
 from .base import Algorithm, LayerNote, Needs, Options, SubsetView
 from .rtn import clipped_qparams
 from .stats import relative_error
-
-_TILE = 32  # columns whose mutual updates stay in cache
 
 
 class GPTQOptions(Options):
@@ -48,7 +46,7 @@ class GPTQOptions(Options):
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes, scales and zero points (float32, ``[out, in]`` and ``[out, groups]``), and the damping that it took."""
+    """Codes (int8 ``[out, in]``), scales and zero points (float32 ``[out, groups]``), and the damping that it took."""
 
     codes: Tensor
     scale: Tensor
@@ -101,7 +99,8 @@ class GPTQ(Algorithm):
         ]
         static = self._static(spec, view.columns) or any(name in view.clips for name in names)
         fixed = (torch.cat([scale for scale, _ in ranges]), torch.cat([zero for _, zero in ranges])) if static else None
-        solution = solve(torch.cat(weights), gram, spec, self.options, fixed)
+        pruned = torch.cat([view.pruned[name] for name in names]) if view.pruned.keys() >= {*names} else None
+        solution = solve(torch.cat(weights), gram, spec, self.options, fixed, pruned)
         rows = [len(weight) for weight in weights]
         for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
             if solution is None:
@@ -124,8 +123,56 @@ class GPTQ(Algorithm):
         return self.options.actorder is True if wanted is None else wanted
 
 
+@dataclass
+class _Rounding:
+    """What GPTQ makes of a column: the nearest points of its groups' grids.
+
+    Attributes:
+        work: the updated weight in the visiting order, ``[in, out]``.
+        spec: the grid.
+        codes: found so far, int8 ``[in, out]``.
+        scales, zeros: ``[groups, out]``; where ``search`` is set, found when the loop reaches the group.
+        group_of: the group of each column.
+        search: columns of a group whose range is to be found; 0 where all ranges are there.
+        pruned: ``[in, out]``, weights that stay 0; None if there are none.
+    """
+
+    work: Tensor
+    spec: QuantSpec
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    group_of: list[int]
+    search: int
+    pruned: Tensor | None
+
+    def begin(self, start: int, stop: int) -> None:
+        """Find the range of a group that starts here, all updates included."""
+        if not self.search or start % self.search:
+            return
+        part = slice(start, start + self.search)
+        values = self.work[part] if self.pruned is None else self.work[part].masked_fill(self.pruned[part], 0)
+        found = qparams(*find_ranges(values.T, self.spec), self.spec)
+        group = start // self.search
+        self.scales[group], self.zeros[group] = (part.squeeze(-1) for part in found)
+
+    def replace(self, column: int) -> Tensor:
+        """Round to nearest; the zero point's code where the weight is pruned."""
+        scale, zero = self.scales[self.group_of[column]], self.zeros[self.group_of[column]]
+        code = (self.work[column] / scale).round_().add_(zero).clamp_(self.spec.qmin, self.spec.qmax)
+        if self.pruned is not None:
+            code = torch.where(self.pruned[column], zero, code)
+        self.codes[column] = code
+        return code.sub_(zero).mul_(scale)
+
+
 def solve(
-    weight: Tensor, gram: Tensor, spec: QuantSpec, options: GPTQOptions, fixed: tuple[Tensor, Tensor] | None
+    weight: Tensor,
+    gram: Tensor,
+    spec: QuantSpec,
+    options: GPTQOptions,
+    fixed: tuple[Tensor, Tensor] | None,
+    pruned: Tensor | None = None,
 ) -> Solution | None:
     """Quantize ``weight`` ``[out, in]`` (float32) against the Gram matrix ``[in, in]`` of its inputs.
 
@@ -136,55 +183,37 @@ def solve(
         options: order, damping, block size.
         fixed: scale and zero point ``[out, groups]`` decided beforehand (static groups); None: each group's range is
             taken from the weights as they are, *all* updates included, when the loop reaches the group.
+        pruned: ``[out, in]``, weights that are and stay 0: what the updates bring them goes on to the columns behind.
 
     Returns:
         The solution in the original column order, or None if the Hessian can't be factored.
     """
     columns = weight.shape[1]
     size = columns if isinstance(spec.granularity, PerTensor) else spec.group_size(columns)
-    diagonal = gram.diagonal()
-    dead = diagonal == 0
-    order = _column_order(diagonal, options, size)
-    # 1. Damp and factor in the visiting order. A channel that is always 0 has no say.
-    hessian = gram[order][:, order]
-    hessian.diagonal()[dead[order]] = 1.0
-    factor = inverse_cholesky(hessian, options.percdamp)
-    del hessian
+    # 1. Damp and factor in the visiting order.
+    order = _column_order(gram.diagonal(), options, size)
+    factor = input_factor(gram, options.percdamp, order)
     if factor is None:
         return None
-    upper, pivots = factor.upper, factor.upper.diagonal().tolist()
     # 2. Columns become rows: what the loop touches is contiguous.
     work = weight.T[order].contiguous()
-    codes = torch.empty_like(work)
+    codes = torch.empty_like(work, dtype=torch.int8)
+    rows = len(weight)
+    del weight  # the caller's last reference, where it stacked several
     if fixed is None:
         # A group's range may wait for no update: let every group start where a block starts.
         block = math.gcd(size, options.blocksize)
         group_of = (torch.arange(columns) // size).tolist()
-        scales, zeros = (work.new_empty(columns // size, len(weight)) for _ in range(2))
+        scales, zeros = (work.new_empty(columns // size, rows) for _ in range(2))
     else:
         block = options.blocksize
         group_of = (order // size).tolist()
         scales, zeros = (part.T.contiguous() for part in fixed)
-    # 3. Round a column and spread its error over the columns behind it: at once within a tile, tile by tile within a
-    #    block, block by block beyond.
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        if fixed is None and start % size == 0:
-            found = qparams(*find_ranges(work[start : start + size].T, spec), spec)
-            scales[start // size], zeros[start // size] = (part.squeeze(-1) for part in found)
-        errors = work.new_empty(stop - start, len(weight))
-        for tile in range(start, stop, _TILE):
-            tile_stop = min(tile + _TILE, stop)
-            for column in range(tile, tile_stop):
-                scale, zero = scales[group_of[column]], zeros[group_of[column]]
-                code = (work[column] / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
-                codes[column] = code
-                error = code.sub_(zero).mul_(scale).sub_(work[column]).div_(-pivots[column])
-                errors[column - start] = error
-                work[column + 1 : tile_stop].addr_(upper[column, column + 1 : tile_stop], error, alpha=-1)
-            done = errors[tile - start : tile_stop - start]
-            work[tile_stop:stop].addmm_(upper[tile:tile_stop, tile_stop:stop].T, done, alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    # 3. Round a column, spread its error over the columns behind it.
+    held = None if pruned is None else pruned.T[order].contiguous()
+    rule = _Rounding(work, spec, codes, scales, zeros, group_of, 0 if fixed is not None else size, held)
+    replace_columns(work, factor.upper, rule, block=block)
+    del work, rule
     return _in_original_order(codes, scales, zeros, order, size, options, fixed, factor.damp)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import QuantSpec
+from ..quant import QuantSpec, Sparsity
 from .base import Algorithm, Needs
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
@@ -52,23 +52,29 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Transforms, then one weight quantizer.
+    """Transforms, then at most one pruner, then at most one weight quantizer.
 
     Attributes:
         steps: in order.
         spec: the grid of every quantized Linear; None when nothing is quantized.
-        ignored: Linears that are not quantized.
+        ignored: Linears that are neither pruned nor quantized.
         seed: of every random choice.
+        sparsity: how much of every Linear is pruned; None when nothing is.
     """
 
     steps: tuple[Step, ...]
     spec: QuantSpec | None
     ignored: Ignored = field(default_factory=Ignored)
     seed: int = 0
+    sparsity: Sparsity | None = None
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
         return None if self.ignored.covers(block, name, full_name) else self.spec
+
+    def sparsity_of(self, block: int, name: str, full_name: str) -> Sparsity | None:
+        """How much of a Linear is pruned, or None."""
+        return None if self.ignored.covers(block, name, full_name) else self.sparsity
 
     @property
     def at_load(self) -> tuple[Algorithm, ...]:
@@ -96,6 +102,10 @@ class Recipe:
         return any(step.needs.data and not step.needs.compressed_stream for step in self.steps)
 
 
+_ORDER = ("transform", "pruner", "quantizer")
+_ONCE = {"pruner": ("pruners", "prune once"), "quantizer": ("weight quantizers", "weights are rounded once")}
+
+
 def make_recipe(
     methods: Sequence[str],
     options: Mapping[str, BaseModel],
@@ -104,12 +114,23 @@ def make_recipe(
     *,
     quant_out: bool | None,
     seed: int = 0,
+    sparsity: Sparsity | None = None,
+    sparsity_out: bool | None = None,
 ) -> Recipe:
-    """Order the methods, add RTN where no quantizer is named, and check that the order makes sense.
+    """Order the methods, add RTN where a grid is given and no quantizer named, and check that the order makes sense.
+
+    Args:
+        methods: names, in order.
+        options: by name; defaults where there are none.
+        spec: the grid; None where nothing is quantized, which only a pruner alone can do with.
+        ignored: Linears left alone.
+        quant_out: ``quant.quant_out``.
+        sparsity: how much a pruner prunes.
+        sparsity_out: ``sparse.sparsity_out``, a pruner's ``quant_out``.
 
     Raises:
-        ConfigError: two weight quantizers, a transform behind the quantizer or behind one that it must precede, or a
-            method named twice.
+        ConfigError: two pruners or weight quantizers, a method behind one that must come later, a method named twice, a
+            quantizer without a grid, a pruner without a sparsity.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -118,25 +139,25 @@ def make_recipe(
     for name in methods:
         kind = known[name]
         chosen.append(kind(options.get(name) or kind.options_type()))  # type: ignore[call-arg]
-    quantizers = [a.name for a in chosen if a.kind == "quantizer"]
-    if len(quantizers) > 1:
-        legal = [a.name for a in chosen if a.kind == "transform"] + quantizers[:1]
-        raise ConfigError(
-            f"quant.method has two weight quantizers, {quantizers[0]} and {quantizers[1]}",
-            f"weights are rounded once: keep one, as in {legal}",
-        )
-    if not quantizers:
+    _check_order(chosen)
+    kinds = [algorithm.kind for algorithm in chosen]
+    if "quantizer" not in kinds and (spec is not None or kinds != ["pruner"]):
         chosen.append(RTN(RTNOptions()))
-    elif chosen[-1].kind != "quantizer":
-        legal = [a.name for a in chosen if a.kind == "transform"] + quantizers
-        raise ConfigError(
-            f"quant.method: {quantizers[0]} must come last, since it rounds the weights", f"write {legal}"
-        )
-    if spec is None:
+    if spec is None and chosen[-1].kind == "quantizer":
         raise ConfigError(
             "quant.weight is missing: no grid for the weights", "add quant.weight.bit and its granularity"
         )
-    steps = tuple(Step(algorithm, algorithm.needs(quant_out=quant_out)) for algorithm in chosen)
+    if sparsity is None and "pruner" in kinds:
+        pruner = chosen[kinds.index("pruner")].name
+        raise ConfigError(f"{pruner} prunes, but nothing says how much", "add sparse.weight.sparsity")
+    outs = {"transform": quant_out, "pruner": sparsity_out, "quantizer": quant_out}
+    steps = tuple(Step(a, a.needs(quant_out=outs[a.kind])) for a in chosen)
+    _check_loading(steps)
+    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None)
+
+
+def _check_loading(steps: Sequence[Step]) -> None:
+    """Refuse a transform that changes weights as they're loaded behind a step that needs them loaded."""
     ordered = sorted(steps, key=lambda step: not step.at_load)
     if ordered != list(steps):
         late = next(step for step, wanted in zip(ordered, steps, strict=True) if step is not wanted).algorithm.name
@@ -144,4 +165,25 @@ def make_recipe(
             f"quant.method: {late} must come first, since it changes the weights as they are loaded",
             f"write {[step.algorithm.name for step in ordered]}",
         )
-    return Recipe(steps, spec, ignored, seed)
+
+
+def _check_order(chosen: Sequence[Algorithm]) -> None:
+    """Refuse what isn't transforms, at most one pruner, at most one quantizer, and name the nearest list that is."""
+    by_kind = {kind: [a.name for a in chosen if a.kind == kind] for kind in _ORDER}
+    legal = [*by_kind["transform"], *by_kind["pruner"][:1], *by_kind["quantizer"][:1]]
+    for kind, (several, why) in _ONCE.items():
+        if len(by_kind[kind]) > 1:
+            first, second = by_kind[kind][:2]
+            raise ConfigError(
+                f"quant.method has two {several}, {first} and {second}", f"{why}: keep one, as in {legal}"
+            )
+    if [a.name for a in chosen] == legal:
+        return
+    if by_kind["quantizer"] and chosen[-1].kind != "quantizer":
+        raise ConfigError(
+            f"quant.method: {by_kind['quantizer'][0]} must come last, since it rounds the weights", f"write {legal}"
+        )
+    raise ConfigError(
+        f"quant.method: {by_kind['pruner'][0]} must come behind the transforms, which would change what it weighs",
+        f"write {legal}",
+    )

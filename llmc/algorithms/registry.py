@@ -5,10 +5,13 @@ from __future__ import annotations
 from .awq import Awq
 from .base import Algorithm, Options
 from .gptq import GPTQ
+from .magnitude import Magnitude
 from .quarot import Quarot
 from .rtn import RTN
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
 
-ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq, Quarot)
+ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq, Quarot, Magnitude, Wanda, SparseGPT)
 
 
 def options_types() -> dict[str, type[Options]]:

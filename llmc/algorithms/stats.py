@@ -60,6 +60,25 @@ class AbsMean:
         return self._sum / max(self.tokens, 1)
 
 
+class SumSquares:
+    """Sum of ``x²`` for each input channel, ``[in]`` in float32: the diagonal of the Gram matrix without the rest."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._sum = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]`` of any float dtype; squares are taken in float32."""
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        self._sum += tokens.float().square().sum(0)
+        self.tokens += len(tokens)
+
+    @property
+    def norm(self) -> Tensor:
+        """Root of the mean square, ``[in]``; zeros before the first token."""
+        return (self._sum / max(self.tokens, 1)).sqrt()
+
+
 def relative_error(original: Tensor, changed: Tensor, gram: Tensor | None) -> float:
     """``|(W - W')X|² / |WX|²`` from the Gram matrix of the inputs; without one, the same of the weights alone."""
     delta, reference = changed.float() - original.float(), original.float()

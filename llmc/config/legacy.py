@@ -31,7 +31,7 @@ MODEL_TYPES = _words(
 TEXT_EVALS = ("wikitext2", "c4", "ptb", "text", "custom_ppl", "custom_gen")
 METHODS = _words(
     "RTN SmoothQuant OsPlus Awq GPTQ OmniQuant Quarot HQQ AdaDim DGQ NormTweaking LlmInt8 QUIK SpQR TesseraQ "
-    "Magnitude Wanda ShortGPT Dense TokenReduction"
+    "Magnitude Wanda SparseGPT ShortGPT Dense TokenReduction"
 )
 # LLMC keeps the options of all methods in one namespace and reads of it what the method at hand knows.
 SPECIAL_KEYS = _words(
@@ -98,6 +98,23 @@ def bit_width(value: object) -> int | str:
         raise ValueError(f"{value} is not in 2..16")
     wanted = f"neither a whole number in 2..16 nor one of {', '.join(FLOAT_BITS)}"
     raise ValueError(f"{show(value)} is {wanted}{did_you_mean(value, FLOAT_BITS)}")
+
+
+def zero_pattern(value: object) -> str:
+    """`n:m`, so many zeros in each run of m."""
+    zeros, colon, of = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not colon or not zeros.isdecimal() or not of.isdecimal() or not 0 < int(zeros) < int(of):
+        raise ValueError(f"{show(value)} isn't of the form '2:4', in quotes: 2 zeros in each 4 neighbours")
+    return f"{int(zeros)}:{int(of)}"
+
+
+def pattern_conflict(pattern: str | None, sparsity: float | None) -> str:
+    """In what a pattern contradicts the sparsity beside it; empty if it doesn't."""
+    if pattern is None or sparsity is None:
+        return ""
+    zeros, of = map(int, pattern.split(":"))
+    fits = abs(zeros / of - sparsity) < 1e-6
+    return "" if fits else f"pattern {pattern} is {zeros} zeros in each {of}: sparsity {zeros / of:g}, not {sparsity:g}"
 
 
 def block_ids(value: object) -> tuple[int, ...]:
@@ -167,6 +184,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
 Range = Annotated[tuple[float, float], BeforeValidator(number_range)]
 Bit = Annotated[int | str, BeforeValidator(bit_width)]
 BlockIds = Annotated[tuple[int, ...], BeforeValidator(block_ids)]
+ZeroPattern = Annotated[str, BeforeValidator(zero_pattern)]
 GroupSize = Annotated[int | None, BeforeValidator(lambda size: None if size == -1 else size)]
 DType = Annotated[Literal["auto", "float16", "bfloat16", "float32", "float8_e4m3fn"], BeforeValidator(dtype)]
 Device = Annotated[str, AfterValidator(device)]
@@ -181,6 +199,7 @@ EvalPositions = Annotated[tuple[EvalPosition, ...], BeforeValidator(listed)]
 EvalType = Literal["ppl", "acc", "vqa", "code", "generate_only", "token_acc", "decode_ppl"]
 WeightGrain = Literal["per_tensor", "per_channel", "per_group", "per_head", "per_block"]
 StreamGrain = Literal["per_tensor", "per_token", "per_group", "per_head"]
+Pruner = Literal["Magnitude", "Wanda", "SparseGPT", "ShortGPT", "Dense", "TokenReduction"]
 StreamAlgo = Literal["minmax", "static_minmax", "static_hist", "static_moving_minmax"]
 ScaleDType = Literal["auto", "bfloat16", "float16", "float32"]
 

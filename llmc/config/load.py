@@ -92,10 +92,10 @@ def _homes() -> dict[str, list[str]]:
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-5 is a number and 2024-01-01 is text."""
+    """YAML as people mean it: 1e-5 is a number, 2024-01-01 is text, and so is 2:4 (by the book 124, in base 60)."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (the shape that PyYAML prescribes)
-        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float"))]
+        first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":timestamp", ":float", ":int"))]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -104,6 +104,11 @@ _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|Inf|INF))$|\.(nan|NaN)$"),
     list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
 )
 
 

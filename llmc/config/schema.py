@@ -301,6 +301,7 @@ class SparseWeight(Section):
     """How much is pruned."""
 
     sparsity: float | None = Field(None, ge=0, lt=1, description="Fraction of the weights that become zero.")
+    pattern: legacy.ZeroPattern | None = Field(None, description='Such as "2:4", zeros in each run; None: anywhere.')
     n_prune_layers: int | None = Field(None, ge=1, description="Number of blocks that ShortGPT removes.")
 
 
@@ -314,16 +315,17 @@ class SparseKvCache(KvWindow):
 class SparseConfig(MethodSection):
     """What is pruned, and by which method."""
 
-    method: Literal["Magnitude", "Wanda", "ShortGPT", "Dense", "TokenReduction"] = Field(description="The method.")
+    method: legacy.Pruner = Field(description="The method.")
     weight: SparseWeight = Field(default_factory=SparseWeight.defaults, description="How much is pruned.")
-    sparsity_out: bool = Field(False, description="Feed each block the outputs of the pruned blocks before it.")
+    sparsity_out: bool | None = Field(None, description="Feed each block pruned outputs; None: as the method has it.")
     kvcache: SparseKvCache | None = Field(None, description="How the KV cache is thinned out.")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        wanted = {"Magnitude": "sparsity", "Wanda": "sparsity", "ShortGPT": "n_prune_layers"}.get(self.method)
-        given = {key for key, value in self.weight if value is not None}
+        wanted = {"ShortGPT": "n_prune_layers", "Dense": None, "TokenReduction": None}.get(self.method, "sparsity")
+        given = {key for key, value in self.weight if value is not None and (key, wanted) != ("pattern", "sparsity")}
         refuse_if(wanted and given != {wanted}, "weight", f"{self.method} needs {wanted} here, and nothing else")
+        refuse_if(told := legacy.pattern_conflict(self.weight.pattern, self.weight.sparsity), "weight", told)
         return self
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..quant import QuantSpec, UnitRecord
+from ..quant import QuantSpec, Sparsity, UnitRecord
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp"}
 _OURS = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
@@ -27,8 +27,9 @@ class Layer:
         name: the checkpoint's name of the module.
         rows: output channels.
         columns: input channels.
-        spec: its grid; None if it keeps its weights.
+        spec: its grid; None if it isn't quantized.
         fused: the checkpoint names of all Linears that a backend fuses with it (q, k, v; gate, up).
+        sparsity: how much of it is pruned; None if nothing is.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Layer:
     columns: int
     spec: QuantSpec | None
     fused: tuple[str, ...]
+    sparsity: Sparsity | None = None
+
+    def describe(self) -> str:
+        """What happens to it, in a few words; empty if nothing does."""
+        return ", ".join(part.describe() for part in (self.sparsity, self.spec) if part is not None)
 
 
 class Exporter:

@@ -1,4 +1,4 @@
-"""Plain folders that Transformers and everything built on it load: the fake-quantized and the transformed model."""
+"""Plain folders that Transformers and everything built on it load: the compressed and the transformed model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from .base import Exporter, Layer, with_dtype
 
 
 class FakeQuant(Exporter):
-    """Dequantized weights: exactly those that were evaluated, in the narrowest dtype that holds them."""
+    """Dequantized or pruned weights: exactly those that were evaluated, in the narrowest dtype that holds them."""
 
     name = "save_fake"
     folder = "fake_quant_model"
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the scales; with float32 scales, the computing dtype."""
-        scales = torch.float32 if self.spec is None else self.spec.scale_dtype
+        """That of the scales; with float32 scales, the computing dtype; the original's if nothing is quantized."""
+        if self.spec is None:
+            return self.stored
+        scales = self.spec.scale_dtype
         return self.compute if scales == torch.float32 else scales
 
     def nbytes(self, layer: Layer) -> int:
@@ -46,7 +48,7 @@ class FakeQuant(Exporter):
 
 
 class Transformed(FakeQuant):
-    """The model after its function-preserving transforms, not quantized, in the original's dtypes."""
+    """The model after its transforms and its pruning, not quantized, in the original's dtypes."""
 
     name = "save_trans"
     folder = "transformed_model"

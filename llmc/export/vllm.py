@@ -35,8 +35,7 @@ class VLLM(Exporter):
 
     def check(self, layers: list[Layer]) -> list[str]:
         """vLLM's kernels: 4 and 8 bits; groups of 32, 64, 128 or whole rows; zero points with 4 bits only."""
-        if self.spec is not None:
-            _check_spec(self.spec)
+        _check_spec(self._need_spec())
         by_name = {layer.name: layer for layer in layers}
         for layer in layers:
             differing = [name for name in layer.fused if by_name[name].spec != layer.spec]
@@ -125,7 +124,10 @@ class VLLM(Exporter):
 
     def _need_spec(self) -> QuantSpec:
         if self.spec is None:
-            raise ExportError("save_vllm was asked for without a quantized weight", "set quant.weight")
+            raise ExportError(
+                "save_vllm writes quantized weights, and this run quantizes none",
+                "write save_fake: vLLM loads that folder as it is, zeros included; or add quant.weight",
+            )
         return self.spec
 
     def _scheme(self) -> QuantizationScheme:

@@ -1,7 +1,18 @@
 """Linear algebra that torch doesn't have as one call."""
 
+from .columns import ColumnRule, replace_columns
 from .hadamard import Hadamard, hadamard
 from .rotation import Rotation, make_rotation
-from .solve import InverseFactor, inverse_cholesky
+from .solve import InverseFactor, input_factor, inverse_cholesky
 
-__all__ = ["Hadamard", "InverseFactor", "Rotation", "hadamard", "inverse_cholesky", "make_rotation"]
+__all__ = [
+    "ColumnRule",
+    "Hadamard",
+    "InverseFactor",
+    "Rotation",
+    "hadamard",
+    "input_factor",
+    "inverse_cholesky",
+    "make_rotation",
+    "replace_columns",
+]

@@ -1,4 +1,4 @@
-"""The factor that GPTQ walks along, with damping that rises when a Hessian can't be factored."""
+"""The factor that GPTQ and SparseGPT walk along, with damping that rises when a Hessian can't be factored."""
 
 from __future__ import annotations
 
@@ -41,3 +41,17 @@ def inverse_cholesky(hessian: Tensor, damp: float, retries: int = 3) -> InverseF
             if inverse.isfinite().all():
                 return InverseFactor(inverse, tried)
     return None
+
+
+def input_factor(gram: Tensor, damp: float, order: Tensor | None = None) -> InverseFactor | None:
+    """``inverse_cholesky`` of the Gram matrix ``[in, in]`` of a Linear's inputs, which is left as it is.
+
+    Args:
+        gram: a channel that is always 0 gets the diagonal 1, so that it has no say.
+        damp: as for ``inverse_cholesky``.
+        order: ``[in]``, the order in which the channels will be visited; None is theirs.
+    """
+    hessian = gram.clone() if order is None else gram[order][:, order]
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    return inverse_cholesky(hessian, damp)

@@ -93,15 +93,15 @@ class Console:
         """What a dry run found out."""
         table = Table("layer", "out x in", "scheme", box=None, pad_edge=False)
         for layer in layers:
-            scheme = layer.spec.describe() if layer.spec else "[yellow]kept[/] (ignored_layers)"
+            scheme = layer.describe() or "[yellow]kept[/] (ignored_layers)"
             table.add_row(layer.name, f"{layer.rows} x {layer.columns}", scheme)
         self._rich.print(table)
-        schemes = Counter(layer.spec.describe() if layer.spec else "kept" for layer in layers)
+        schemes = Counter(layer.describe() or "kept" for layer in layers)
         self._rich.print("\n[bold]Plan[/]" + (f" {self._task}" if self._task else ""))
         self._facts(
             {
-                "layers": ", ".join(f"{count} x {scheme}" for scheme, count in schemes.items()),
-                "not quantized": "embeddings, norms, head: they are never quantized",
+                "layers": "; ".join(f"{count} x {scheme}" for scheme, count in schemes.items()),
+                "left alone": "embeddings, norms, head: they are never quantized or pruned",
                 "exports": ", ".join(f"{e.name} (checked)" for e in exporters) or "none",
                 "read": human(estimate.read),
                 "disk": f"about {human(estimate.disk)}",
@@ -124,6 +124,8 @@ class Console:
             )
         if metrics["bits_per_weight"] is not None:
             facts["bits per weight"] = f"{metrics['bits_per_weight']:.2f} in the quantized layers"
+        if metrics["sparsity"] is not None:
+            facts["sparsity"] = f"{metrics['sparsity']['mean']:.2%} of the weights in the pruned layers are zero"
         for one in result.perplexities:
             facts[f"perplexity ({one.position})"] = (
                 f"{one.value:.4f} on {one.name}, {one.windows} windows of {one.seq_len}"
@@ -133,7 +135,7 @@ class Console:
         if metrics["peak_device_bytes"]:
             facts["peak device memory"] = human(metrics["peak_device_bytes"])
         if metrics["fallbacks"]:
-            facts["fallbacks"] = f"{len(metrics['fallbacks'])} layers were rounded to nearest, see metrics.json"
+            facts["fallbacks"] = f"{len(metrics['fallbacks'])} layers were rounded or pruned plainly, see metrics.json"
         for name, output in result.outputs.items():
             facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
         if result.save_path is not None:

@@ -36,6 +36,7 @@ def make_metrics(
     versions: Mapping[str, str],
     model: Mapping[str, Any],
     scheme: Mapping[str, Any] | None,
+    sparsity: Mapping[str, Any] | None,
     bits: float | None,
     perplexities: Sequence[Perplexity],
     outputs: Mapping[str, Mapping[str, Any]],
@@ -44,7 +45,9 @@ def make_metrics(
     measured: Measured,
 ) -> dict[str, Any]:
     """Plain values. ``layers`` gives each Linear's relative output error ``|(W - W')X|²/|WX|²`` on the calibration
-    tokens (of the weights alone where the method saw none), the damping that GPTQ needed and why a layer fell back."""
+    tokens (of the weights alone where the method saw none), the damping that GPTQ needed and why a layer fell back;
+    of a pruned one the fraction of zeros and, if a quantizer followed, the error that it found (``error`` is then the
+    quantizer's own)."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
     fallbacks = [
         {"block": row["unit"], "layer": name, "why": note["fallback"]}
@@ -57,6 +60,7 @@ def make_metrics(
         "versions": dict(versions),
         "model": dict(model),
         "scheme": scheme,
+        "sparsity": None if sparsity is None else {**sparsity, "mean": _mean_sparsity(blocks)},
         "bits_per_weight": bits,
         "evaluation": [one.to_dict() for one in perplexities],
         "outputs": {name: dict(output) for name, output in outputs.items()},
@@ -70,3 +74,9 @@ def make_metrics(
         "blocks": [{key: row[key] for key in ("unit", "seconds", "error", "layers", "scales")} for row in blocks],
         "config": dict(config),
     }
+
+
+def _mean_sparsity(blocks: Sequence[Mapping[str, Any]]) -> float:
+    """Mean over the pruned layers of the fraction of their weights that was pruned."""
+    found: list[float] = [note["sparsity"] for row in blocks for note in row["layers"].values() if "sparsity" in note]
+    return sum(found) / max(len(found), 1)

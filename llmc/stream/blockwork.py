@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..algorithms import ClipRatios, Frame, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
-from ..quant import QWeight, UnitRecord
+from ..quant import QuantSpec, QWeight, Sparsity, UnitRecord
 from .memory import trim_heap, unheaped
 from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
 
@@ -53,8 +53,10 @@ class BlockWork:
     quantized: dict[str, QWeight] = field(default_factory=dict)
     notes: dict[str, LayerNote] = field(default_factory=dict)
     clips: dict[str, ClipRatios] = field(default_factory=dict)
+    pruned: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, list[float]] = field(default_factory=dict)
     _pending: list[Tensor] | None = None
+    _behind: bool = False
 
     def load(self) -> None:
         """Let the transforms change the block that need no data.
@@ -69,7 +71,7 @@ class BlockWork:
             self._store_plain()
 
     def transform(self, original: BlockRun | None, compressed: BlockRun | None) -> None:
-        """Run the transforms. Brings the original calibration stream behind the block.
+        """Run the transforms, then the pruner. Brings the original calibration stream behind the block.
 
         A transform folds only when it has seen all subsets, so its forward is that of the unchanged block, and its
         outputs are the original stream's next inputs for nothing. Where several steps read that stream, or one changes
@@ -82,27 +84,37 @@ class BlockWork:
         if original is not None and not first:
             pending = [original.forward(batch).cpu() for batch in range(len(original.inputs))]
         for step in self.context.recipe.in_block:
+            run = compressed if step.needs.compressed_stream else original
             if step.algorithm.kind == "transform":
-                run = compressed if step.needs.compressed_stream else original
                 self._phase(step, run, keep=run is original and first)
+            elif step.algorithm.kind == "pruner":
+                self._store_plain()
+                self._prune(step, run, keep=run is original and first)
         self._pending = pending
         self._store_plain()
 
+    def _prune(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
+        """Run the pruner. With nothing behind it, a staged forward ends with the block's final weights."""
+        last = step is self.context.recipe.steps[-1]
+        self._behind = last and step.needs.data and step.needs.sequential and step.needs.compressed_stream
+        self._phase(step, run if step.needs.data else None, keep=keep or self._behind)
+
     def quantize(self, original: BlockRun | None, compressed: BlockRun | None) -> bool:
-        """Run the quantizer. Returns whether the compressed stream already is behind the block."""
+        """Run the quantizer, if there is one. Returns whether the compressed stream already is behind the block."""
         if not self.context.recipe.steps:
             return False
         step = self.context.recipe.steps[-1]
         if step.algorithm.kind == "transform":
-            raise ValueError("a recipe ends with a quantizer")
-        run = compressed if step.needs.compressed_stream else original
-        free = step.needs.data and step.needs.sequential and step.needs.compressed_stream
-        keep = free if run is compressed else self._pending is None and original is not None
-        self._phase(step, run if step.needs.data else None, keep=keep)
+            raise ValueError("a recipe ends with a pruner or a quantizer")
+        if step.algorithm.kind == "quantizer":
+            run = compressed if step.needs.compressed_stream else original
+            self._behind = step.needs.data and step.needs.sequential and step.needs.compressed_stream
+            keep = self._behind if run is compressed else self._pending is None and original is not None
+            self._phase(step, run if step.needs.data else None, keep=keep)
         if original is not None and self._pending is not None:
             for batch, output in enumerate(self._pending):
                 original.inputs.store(batch, output)
-        return free
+        return self._behind
 
     def _data_steps(self) -> list[Step]:
         return [step for step in self.context.recipe.steps if step.needs.data]
@@ -114,8 +126,8 @@ class BlockWork:
 
         def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
             view = self._view(self.context.subsets[position], statistics, calls)
-            # A search makes many small copies, again and again; a quantizer a few large ones, once.
-            with unheaped() if step.algorithm.kind == "quantizer" else nullcontext():
+            # A search makes many small copies, again and again; others a few large ones, once.
+            with nullcontext() if step.algorithm.kind == "transform" else unheaped():
                 step.algorithm.subset(view)
             self._accept(view)
             view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
@@ -150,11 +162,14 @@ class BlockWork:
         return module
 
     def _view(self, subset: Subset, statistics: Statistics, calls: HeldCalls | None) -> SubsetView:
-        specs = {}
+        specs: dict[str, QuantSpec] = {}
+        sparsity: dict[str, Sparsity] = {}
         for name in subset.linears:
-            spec = self.context.recipe.spec_of(self.index, name, f"{self.prefix}.{name}")
-            if spec is not None:
+            place = (self.index, name, f"{self.prefix}.{name}")
+            if (spec := self.context.recipe.spec_of(*place)) is not None:
                 specs[name] = spec
+            if (share := self.context.recipe.sparsity_of(*place)) is not None:
+                sparsity[name] = share
         return SubsetView(
             subset=subset,
             linears={name: self._linear(name) for name in subset.linears},
@@ -164,15 +179,29 @@ class BlockWork:
             stats=statistics,
             calls=calls,
             clips=self.clips,
+            sparsity=sparsity,
+            pruned=self.pruned,
         )
 
     def _accept(self, view: SubsetView) -> None:
-        """Take over a subset's results. Quantized weights go live at once: a waiting batch goes on with them."""
-        self.notes |= view.notes
+        """Take over a subset's results. Compressed weights go live at once: a waiting batch goes on with them.
+
+        Raises:
+            ValueError: a quantizer has revived pruned weights.
+        """
+        self.notes |= {name: note.behind(self.notes.get(name)) for name, note in view.notes.items()}
+        for name, pruned in view.weights.items():
+            linear = self._linear(name)
+            # What no quantizer follows is stored like this: go on with what is written.
+            final = name not in view.specs
+            stored = self.stored[f"{self.prefix}.{name}.weight"][1] if final else linear.weight.dtype
+            linear.weight.data = pruned.to(stored).to(linear.weight.dtype)
         for name, weight in view.quantized.items():
             self.quantized[name] = weight
             linear = self._linear(name)
             linear.weight.data = weight.dequantize(linear.weight.dtype)
+            if name in self.pruned and linear.weight.data[self.pruned[name]].any():
+                raise ValueError(f"{self.prefix}.{name}: the quantizer has revived pruned weights")
 
     def _fold(self, view: SubsetView) -> None:
         if view.scale is None or view.prev is None:

@@ -383,4 +383,7 @@ class Engine:
 
 
 def _note(note: LayerNote) -> dict[str, Any]:
-    return {"error": note.error, "damp": note.damp, "fallback": note.fallback}
+    plain = {"error": note.error, "damp": note.damp, "fallback": note.fallback}
+    if note.sparsity is not None:
+        plain |= {"sparsity": note.sparsity, "pruning_error": note.pruning_error}
+    return plain

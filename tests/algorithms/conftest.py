@@ -72,7 +72,7 @@ def make_view() -> Callable[..., SubsetView]:
         calls: object = None,
     ) -> SubsetView:
         columns = inputs[0].shape[-1]
-        statistics: Statistics = new_statistics({"gram", "abs_mean"}, columns, torch.device("cpu"))
+        statistics: Statistics = new_statistics({"gram", "abs_mean", "sum_squares"}, columns, torch.device("cpu"))
         for batch in inputs:
             statistics.update(batch)
         return SubsetView(

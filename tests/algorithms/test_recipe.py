@@ -7,13 +7,22 @@ import pytest
 from llmc.algorithms import Ignored, make_recipe
 from llmc.algorithms.gptq import GPTQOptions
 from llmc.errors import ConfigError
-from llmc.quant import PerChannel, QuantSpec
+from llmc.quant import PerChannel, QuantSpec, Sparsity
 
 SPEC = QuantSpec(4, True, PerChannel())
+HALF = Sparsity(0.5)
 
 
-def recipe(*methods: str, spec: QuantSpec | None = SPEC, ignored: Ignored | None = None, quant_out: bool | None = None):
-    return make_recipe(methods, {}, spec, ignored or Ignored(), quant_out=quant_out)
+def recipe(
+    *methods: str,
+    spec: QuantSpec | None = SPEC,
+    ignored: Ignored | None = None,
+    quant_out: bool | None = None,
+    sparsity: Sparsity | None = HALF,
+    sparsity_out: bool | None = None,
+):
+    outs = {"quant_out": quant_out, "sparsity_out": sparsity_out}
+    return make_recipe(methods, {}, spec, ignored or Ignored(), sparsity=sparsity, **outs)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,9 @@ def recipe(*methods: str, spec: QuantSpec | None = SPEC, ignored: Ignored | None
         (["Quarot"], ["Quarot", "RTN"]),
         (["Quarot", "Awq", "GPTQ"], ["Quarot", "Awq", "GPTQ"]),
         ([], ["RTN"]),
+        (["Wanda"], ["Wanda", "RTN"]),
+        (["Awq", "Magnitude"], ["Awq", "Magnitude", "RTN"]),
+        (["Awq", "SparseGPT", "GPTQ"], ["Awq", "SparseGPT", "GPTQ"]),
     ],
 )
 def test_a_recipe_ends_with_one_quantizer(methods, steps):
@@ -41,6 +53,10 @@ def test_a_recipe_ends_with_one_quantizer(methods, steps):
         (["Awq", "RTN", "GPTQ"], "two weight quantizers, RTN and GPTQ", "['Awq', 'RTN']"),
         (["Awq", "Quarot", "GPTQ"], "Quarot must come first", "['Quarot', 'Awq', 'GPTQ']"),
         (["Awq", "Awq"], "names a method twice", "once"),
+        (["Wanda", "SparseGPT"], "two pruners, Wanda and SparseGPT", "['Wanda']"),
+        (["Awq", "Wanda", "SparseGPT", "GPTQ"], "two pruners", "['Awq', 'Wanda', 'GPTQ']"),
+        (["GPTQ", "Wanda"], "GPTQ must come last", "['Wanda', 'GPTQ']"),
+        (["Wanda", "Awq", "GPTQ"], "Wanda must come behind the transforms", "['Awq', 'Wanda', 'GPTQ']"),
     ],
 )
 def test_a_list_that_makes_no_sense_is_refused_with_one_that_does(methods, problem, remedy):
@@ -53,6 +69,37 @@ def test_a_list_that_makes_no_sense_is_refused_with_one_that_does(methods, probl
 def test_a_quantizer_needs_a_grid():
     with pytest.raises(ConfigError, match=r"quant\.weight is missing"):
         recipe("GPTQ", spec=None)
+
+
+@pytest.mark.parametrize("methods", [("Awq", "Wanda"), ("Wanda", "GPTQ"), ("Awq",)])
+def test_only_a_pruner_alone_does_without_a_grid(methods):
+    assert [step.algorithm.name for step in recipe("Wanda", spec=None).steps] == ["Wanda"]
+    with pytest.raises(ConfigError, match=r"quant\.weight is missing"):
+        recipe(*methods, spec=None)
+
+
+def test_a_pruner_needs_a_sparsity_and_nothing_else_has_one():
+    with pytest.raises(ConfigError, match="Wanda prunes, but nothing says how much"):
+        recipe("Wanda", sparsity=None)
+    assert recipe("Wanda").sparsity_of(0, "fc", "layers.0.fc") == Sparsity(0.5)
+    assert recipe("Wanda", ignored=Ignored(blocks=frozenset({0}))).sparsity_of(0, "fc", "layers.0.fc") is None
+    assert recipe("RTN").sparsity_of(0, "fc", "layers.0.fc") is None
+
+
+@pytest.mark.parametrize(
+    ("methods", "sparsity_out", "original", "compressed"),
+    [
+        (["Magnitude"], None, False, False),
+        (["Wanda"], None, False, True),
+        (["Wanda"], False, True, False),
+        (["SparseGPT"], None, False, True),
+        (["SparseGPT", "GPTQ"], False, True, True),
+        (["Awq", "Wanda"], None, True, True),
+    ],
+)
+def test_sparsity_out_chooses_the_stream_of_the_pruner_alone(methods, sparsity_out, original, compressed):
+    made = recipe(*methods, sparsity_out=sparsity_out)
+    assert (made.original_stream, made.compressed_stream) == (original, compressed)
 
 
 def test_options_reach_their_method():

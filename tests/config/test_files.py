@@ -308,6 +308,25 @@ def test_sparse() -> None:
     assert loaded.config.sparse is not None and loaded.config.sparse.options == {"Wanda": Options()}
 
 
+@pytest.mark.parametrize("written", ["2:4", "'2:4'", '"2:4"'])
+def test_a_pattern_of_zeros_needs_no_quotes(tmp_path: Path, written: str) -> None:
+    """By the book 2:4 is 124, in base 60."""
+    (tmp_path / "run.yml").write_text(
+        f"model: {{path: m}}\nsparse: {{method: SparseGPT, weight: {{sparsity: 0.5, pattern: {written}}}}}\n"
+    )
+    for overrides in ([], [f"sparse.weight.pattern={written}"]):
+        loaded = load_config(tmp_path / "run.yml", overrides)
+        assert loaded.config.sparse is not None and loaded.config.sparse.weight.pattern == "2:4"
+        assert load_config(loaded.resolved).resolved == loaded.resolved
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("017", 15), ("0x1F", 31), ("0b11", 3), ("1_000", 1000), ("+7", 7), ("0", 0), ("42", 42)]
+)
+def test_whole_numbers_are_those_of_yaml(tmp_path: Path, text: str, value: int) -> None:
+    assert load(tmp_path, f"base: {{seed: {text}}}\nmodel: {{path: m}}\n").config.base.seed == value
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16", "float32", "float8_e4m3fn"])
 def test_data_types(dtype: str) -> None:
     for spelling in {dtype, dtype if dtype == "auto" else f"torch.{dtype}"}:

@@ -25,7 +25,8 @@ from llmc.models import (
 
 def variant(name: str, **changes: object) -> PretrainedConfig:
     """One of the tiny configs with two blocks and some changes."""
-    return type(CONFIGS[name])(**{**CONFIGS[name].to_dict(), "num_hidden_layers": 2, **changes})
+    told = {key: value for key, value in CONFIGS[name].to_dict().items() if key != "layer_types"}  # of one block
+    return type(CONFIGS[name])(**{**told, "num_hidden_layers": 2, **changes})
 
 
 EVERY = {name: variant(name) for name in CONFIGS if name != "opt-post-norm"} | {
