@@ -9,7 +9,7 @@ from llmc.algorithms.gptq import GPTQOptions
 from llmc.errors import ConfigError
 from llmc.quant import PerChannel, QuantSpec, Sparsity
 
-SPEC = QuantSpec(4, True, PerChannel())
+SPEC, HALF = QuantSpec(4, True, PerChannel()), Sparsity(0.5)
 
 
 def recipe(
@@ -17,7 +17,7 @@ def recipe(
     spec: QuantSpec | None = SPEC,
     ignored: Ignored | None = None,
     quant_out: bool | None = None,
-    sparsity: Sparsity | None = Sparsity(0.5),
+    sparsity: Sparsity | None = HALF,
     sparsity_out: bool | None = None,
 ):
     outs = {"quant_out": quant_out, "sparsity_out": sparsity_out}
