@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import inverse_cholesky
-from ..quant import PerGroup, PerTensor, QuantSpec, QWeight, quantize_weight
-from ..quant.affine import find_ranges, qparams
+from ..quant import PerBlock, PerGroup, PerTensor, QuantSpec, QWeight, over_rows, quantize_weight
+from ..quant.affine import find_ranges, qparams, quantize
 from .base import Algorithm, LayerNote, Needs, Options, SubsetView
 from .rtn import clipped_qparams
 from .stats import relative_error
@@ -87,7 +87,7 @@ class GPTQ(Algorithm):
         for name, spec in view.specs.items():
             grids.setdefault(spec, []).append(name)
         for spec, names in grids.items():
-            if isinstance(spec.granularity, PerTensor):
+            if isinstance(spec.granularity, PerTensor | PerBlock):
                 for name in names:
                     self._solve(view, spec, [name], gram.matrix)
             else:
@@ -100,7 +100,13 @@ class GPTQ(Algorithm):
             clipped_qparams(weight, spec, view.clips.get(name)) for name, weight in zip(names, weights, strict=True)
         ]
         static = self._static(spec, view.columns) or any(name in view.clips for name in names)
-        fixed = (torch.cat([scale for scale, _ in ranges]), torch.cat([zero for _, zero in ranges])) if static else None
+        fixed = None
+        if static:
+            by_row = [
+                [over_rows(part, weight.shape, spec) for part in found]
+                for weight, found in zip(weights, ranges, strict=True)
+            ]
+            fixed = (torch.cat([scale for scale, _ in by_row]), torch.cat([zero for _, zero in by_row]))
         solution = solve(torch.cat(weights), gram, spec, self.options, fixed)
         rows = [len(weight) for weight in weights]
         for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
@@ -110,15 +116,15 @@ class GPTQ(Algorithm):
                 note = LayerNote(relative_error(weight, quantized.dequantize(), None), fallback=why)
             else:
                 part = slice(sum(rows[:index]), sum(rows[: index + 1]))
-                per_tensor = isinstance(spec.granularity, PerTensor)
-                scale, zero = (t if per_tensor else t[part] for t in (solution.scale, solution.zero))
+                shared = isinstance(spec.granularity, PerTensor | PerBlock)
+                scale, zero = ranges[index] if shared else (solution.scale[part], solution.zero[part])
                 quantized = QWeight.from_float(solution.codes[part], scale, zero, spec, solution.group_index)
                 note = LayerNote(relative_error(weight, quantized.dequantize(), gram), damp=solution.damp)
             view.put(name, quantized, note)
 
     def _static(self, spec: QuantSpec, columns: int) -> bool:
         """Whether ranges are those of the original weights. With a single group they are in any case."""
-        if isinstance(spec.granularity, PerTensor) or spec.group_size(columns) == columns:
+        if isinstance(spec.granularity, PerTensor | PerBlock) or spec.group_size(columns) == columns:
             return True
         wanted = self.options.static_groups
         return self.options.actorder is True if wanted is None else wanted
@@ -177,7 +183,7 @@ def solve(
             tile_stop = min(tile + _TILE, stop)
             for column in range(tile, tile_stop):
                 scale, zero = scales[group_of[column]], zeros[group_of[column]]
-                code = (work[column] / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
+                code = quantize(work[column], scale, zero, spec)
                 codes[column] = code
                 error = code.sub_(zero).mul_(scale).sub_(work[column]).div_(-pivots[column])
                 errors[column - start] = error
@@ -192,7 +198,8 @@ def _column_order(diagonal: Tensor, options: GPTQOptions, size: int) -> Tensor:
     """The order in which columns are visited, ``[in]``."""
     if options.actorder is False:
         return torch.arange(len(diagonal), device=diagonal.device)
-    if options.actorder is True:
+    # A block at the edge may be smaller; its ranges are fixed, so that groups needn't stay together.
+    if options.actorder is True or len(diagonal) % size:
         return diagonal.argsort(descending=True, stable=True)
     by_group = diagonal.reshape(-1, size)
     inside = by_group.argsort(dim=1, descending=True, stable=True)
