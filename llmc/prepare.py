@@ -110,7 +110,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     recipe = make_recipe_of(config, make_spec(config, stored))
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe.spec, stored, compute)
+    exporters = make_exporters(config, recipe, stored, compute)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
     _check_groups(recipe, exporters)
     tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)

@@ -142,6 +142,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
                 "device": str(prepared.device),
             },
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
+            activations=None if prepared.recipe.act is None else prepared.recipe.act.to_dict(),
             bits=bits_per_weight(prepared.layers),
             perplexities=perplexities,
             outputs=outputs,

@@ -15,7 +15,16 @@ from pydantic import Field
 from torch import Tensor
 
 from ..models import ScaleRule
-from ..quant import PerGroup, QuantSpec, bind_global_scale, fake_quantize_weight, from_groups, to_groups
+from ..quant import (
+    PerBlock,
+    PerGroup,
+    PerTensor,
+    QuantSpec,
+    bind_global_scale,
+    fake_quantize_weight,
+    from_groups,
+    to_groups,
+)
 from ..quant.affine import fake_quantize, find_ranges, qparams
 from .base import Algorithm, ClipRatios, Needs, Options, SubsetView
 
@@ -196,7 +205,7 @@ def search_clip(weight: Tensor, gram: Tensor, spec: QuantSpec, *, symmetric: boo
     lo, hi = find_ranges(groups, spec)
     blocks = _diagonal_blocks(gram, groups.shape[-1]) if isinstance(spec.granularity, PerGroup) else gram[None]
     best_lo, best_hi = torch.ones_like(lo), torch.ones_like(hi)
-    if groups.shape[0] != weight.shape[0]:
+    if isinstance(spec.granularity, PerTensor | PerBlock):
         return ClipRatios(best_lo.squeeze(-1), best_hi.squeeze(-1))  # one range for all rows: nothing to trade
     ends = ("both",) if symmetric else ("hi", "lo")
     for end in ends:

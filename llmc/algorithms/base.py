@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..models import Heads, ScaleRule, Subset, scale_rule
-from ..quant import QuantSpec, QWeight
+from ..quant import Accumulator, ActSpec, QuantSpec, QWeight
 from .stats import AbsMean, Gram
 
 
@@ -43,10 +43,11 @@ class Statistics:
 
     gram: Gram | None = None
     abs_mean: AbsMean | None = None
+    ranges: Accumulator | None = None
 
     def update(self, inputs: Tensor) -> None:
         """Add tokens ``[..., in]``."""
-        for statistic in (self.gram, self.abs_mean):
+        for statistic in (self.gram, self.abs_mean, self.ranges):
             if statistic is not None:
                 statistic.update(inputs)
 
@@ -169,9 +170,12 @@ class Algorithm:
         raise NotImplementedError
 
 
-def new_statistics(wanted: Sequence[str] | frozenset[str], columns: int, device: torch.device) -> Statistics:
-    """Empty statistics of the wanted kinds."""
+def new_statistics(
+    wanted: Sequence[str] | frozenset[str], columns: int, device: torch.device, act: ActSpec | None = None
+) -> Statistics:
+    """Empty statistics of the wanted kinds, and of what ``act`` has to know of its inputs."""
     return Statistics(
         gram=Gram(columns, device) if "gram" in wanted else None,
         abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
+        ranges=None if act is None or act.observer is None else act.observer.accumulator(act.grid),
     )

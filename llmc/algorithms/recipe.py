@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import QuantSpec
+from ..quant import ActSpec, QuantSpec
 from .base import Algorithm, Needs
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
@@ -52,12 +52,14 @@ class Recipe:
     Attributes:
         steps: in order.
         spec: the grid of every quantized Linear; None when nothing is quantized.
-        ignored: Linears that keep their weights.
+        ignored: Linears that keep their weights, and their inputs.
+        act: how the inputs of quantized Linears are quantized; None: they aren't.
     """
 
     steps: tuple[Step, ...]
     spec: QuantSpec | None
     ignored: Ignored = field(default_factory=Ignored)
+    act: ActSpec | None = None
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
@@ -86,6 +88,7 @@ def make_recipe(
     ignored: Ignored,
     *,
     quant_out: bool | None,
+    act: ActSpec | None = None,
 ) -> Recipe:
     """Order the methods, add RTN where no quantizer is named, and check that the order makes sense.
 
@@ -117,4 +120,17 @@ def make_recipe(
         raise ConfigError(
             "quant.weight is missing: no grid for the weights", "add quant.weight.bit and its granularity"
         )
-    return Recipe(tuple(Step(a, a.needs(quant_out=quant_out)) for a in chosen), spec, ignored)
+    needs = [a.needs(quant_out=quant_out) for a in chosen]
+    if act is not None and act.observer is not None and not needs[-1].data:
+        needs[-1] = range_needs(quant_out)
+    return Recipe(tuple(map(Step, chosen, needs)), spec, ignored, act)
+
+
+def range_needs(quant_out: bool | None) -> Needs:
+    """What static activation ranges ask for where the quantizer asks for nothing.
+
+    By default they are taken where they will be used: on the compressed model's activations, each subset's behind the
+    compressed subsets before it. With ``quant_out: False`` they are those of the original model.
+    """
+    deployed = quant_out is not False
+    return Needs(data=True, sequential=deployed, compressed_stream=deployed)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..quant import QuantSpec, UnitRecord
+from ..quant import ActSpec, QuantSpec, UnitRecord
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp"}
 _OURS = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
@@ -29,6 +29,7 @@ class Layer:
         columns: input channels.
         spec: its grid; None if it keeps its weights.
         fused: the checkpoint names of all Linears that a backend fuses with it (q, k, v; gate, up).
+        act: the grid of its inputs; None if they stay as they are.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Layer:
     columns: int
     spec: QuantSpec | None
     fused: tuple[str, ...]
+    act: ActSpec | None = None
+
+    def describe(self) -> str:
+        """The layer's scheme, such as ``W8 channel sym, A8 token sym``; empty if it keeps its weights."""
+        return ", ".join(spec.describe() for spec in (self.spec, self.act) if spec is not None)
 
 
 class Exporter:
@@ -45,6 +51,7 @@ class Exporter:
         spec: the grid of the quantized weights, or None.
         stored: the dtype of the original checkpoint's weights.
         compute: the dtype in which the model was evaluated.
+        act: the grid of the quantized Linears' inputs, or None.
     """
 
     name: ClassVar[str]
@@ -55,8 +62,10 @@ class Exporter:
     stores_group_index: ClassVar[bool] = True
     """Whether it can express groups that aren't runs of consecutive columns."""
 
-    def __init__(self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> None:
-        self.spec, self.stored, self.compute = spec, stored, compute
+    def __init__(
+        self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype, act: ActSpec | None = None
+    ) -> None:
+        self.spec, self.stored, self.compute, self.act = spec, stored, compute, act
 
     def check(self, layers: list[Layer]) -> list[str]:
         """Refuse what the backend can't load, before any weight is read.

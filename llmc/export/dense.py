@@ -21,7 +21,7 @@ class FakeQuant(Exporter):
     @property
     def dtype(self) -> torch.dtype:
         """That of the scales; with float32 scales, the computing dtype."""
-        scales = torch.float32 if self.spec is None else self.spec.scale_dtype
+        scales = torch.float32 if self.spec is None else self.spec.product_dtype
         return self.compute if scales == torch.float32 else scales
 
     def nbytes(self, layer: Layer) -> int:

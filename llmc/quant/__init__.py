@@ -5,7 +5,7 @@ from .affine import fake_quantize_weight, group_qparams, quantize, quantize_weig
 from .floats import bind_global_scale
 from .groups import from_groups, over_rows, to_groups
 from .linear import InputQuantizer
-from .observers import HistogramMse, MovingMinMax, Observer, StaticMinMax
+from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, StaticMinMax
 from .qweight import QWeight
 from .record import UnitRecord
 from .spec import (
@@ -24,6 +24,7 @@ from .spec import (
 )
 
 __all__ = [
+    "Accumulator",
     "ActSpec",
     "Granularity",
     "Grid",

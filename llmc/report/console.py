@@ -93,10 +93,10 @@ class Console:
         """What a dry run found out."""
         table = Table("layer", "out x in", "scheme", box=None, pad_edge=False)
         for layer in layers:
-            scheme = layer.spec.describe() if layer.spec else "[yellow]kept[/] (ignored_layers)"
+            scheme = layer.describe() or "[yellow]kept[/] (ignored_layers)"
             table.add_row(layer.name, f"{layer.rows} x {layer.columns}", scheme)
         self._rich.print(table)
-        schemes = Counter(layer.spec.describe() if layer.spec else "kept" for layer in layers)
+        schemes = Counter(layer.describe() or "kept" for layer in layers)
         self._rich.print("\n[bold]Plan[/]" + (f" {self._task}" if self._task else ""))
         self._facts(
             {

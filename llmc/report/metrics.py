@@ -36,6 +36,7 @@ def make_metrics(
     versions: Mapping[str, str],
     model: Mapping[str, Any],
     scheme: Mapping[str, Any] | None,
+    activations: Mapping[str, Any] | None,
     bits: float | None,
     perplexities: Sequence[Perplexity],
     outputs: Mapping[str, Mapping[str, Any]],
@@ -44,7 +45,8 @@ def make_metrics(
     measured: Measured,
 ) -> dict[str, Any]:
     """Plain values. ``layers`` gives each Linear's relative output error ``|(W - W')X|²/|WX|²`` on the calibration
-    tokens (of the weights alone where the method saw none), the damping that GPTQ needed and why a layer fell back."""
+    tokens (of the weights alone where the method saw none), the damping that GPTQ needed and why a layer fell back;
+    ``inputs`` the calibrated range of each subset's input where activations have static scales."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
     fallbacks = [
         {"block": row["unit"], "layer": name, "why": note["fallback"]}
@@ -57,6 +59,7 @@ def make_metrics(
         "versions": dict(versions),
         "model": dict(model),
         "scheme": scheme,
+        "activations": activations,
         "bits_per_weight": bits,
         "evaluation": [one.to_dict() for one in perplexities],
         "outputs": {name: dict(output) for name, output in outputs.items()},
@@ -67,6 +70,8 @@ def make_metrics(
         "peak_host_bytes": measured.peak_host,
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
-        "blocks": [{key: row[key] for key in ("unit", "seconds", "error", "layers", "scales")} for row in blocks],
+        "blocks": [
+            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales", "inputs")} for row in blocks
+        ],
         "config": dict(config),
     }
