@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def make_layers(
                 place = (index, name, f"{prefix}.{index}.{name}")
                 touched |= recipe.ignored.covers(*place)
                 spec, sparsity = recipe.spec_of(*place), recipe.sparsity_of(*place)
-                layers.append(Layer(full, rows, columns, spec, tuple(fused), sparsity))
+                act = None if spec is None else recipe.act
+                layers.append(Layer(full, rows, columns, spec, tuple(fused), sparsity, act))
     _check_groups(layers)
     _check_runs(layers)
     if recipe.steps and recipe.ignored.asked and not touched:
@@ -78,17 +80,21 @@ def make_layers(
 
 
 def _check_groups(layers: list[Layer]) -> None:
-    for layer in layers:
-        if layer.spec is None or not isinstance(layer.spec.granularity, PerGroup):
-            continue
-        size = layer.spec.granularity.size
-        if layer.columns % size:
-            columns = {other.columns for other in layers if other.spec is not None}
-            fitting = [g for g in _COMMON_GROUPS if all(c % g == 0 for c in columns)]
+    """Refuse groups of weights or activations that don't divide a layer's input channels."""
+    quantized = [layer for layer in layers if layer.spec is not None]
+    for layer in quantized:
+        grids = {"weight": layer.spec, "act": None if layer.act is None else layer.act.grid}
+        for section, grid in grids.items():
+            if grid is None or not isinstance(grid.granularity, PerGroup) or not layer.columns % grid.granularity.size:
+                continue
+            columns = {other.columns for other in quantized}
+            fitting = [size for size in _COMMON_GROUPS if all(count % size == 0 for count in columns)]
             raise ConfigError(
-                f"quant.weight.group_size: {size} doesn't divide the {layer.columns} input channels of {layer.name}",
-                f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none of the usual ones'}; "
-                "or use granularity: per_channel",
+                f"quant.{section}.group_size: {grid.granularity.size} doesn't divide the {layer.columns} input "
+                f"channels of {layer.name}",
+                f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none of the usual ones'}; or use "
+                f"granularity: {'per_channel' if section == 'weight' else 'per_token'}, or name the layer in "
+                "ignored_layers",
             )
 
 
@@ -116,7 +122,7 @@ def bits_per_weight(layers: list[Layer]) -> float | None:
 
 def layer_bits(layer: Layer, spec: QuantSpec) -> float:
     """Bits of a layer's codes, scales and zero points."""
-    groups = layer.rows * layer.columns / spec.group_size(layer.columns)
+    groups = math.prod(spec.scale_shape(layer.rows, layer.columns))
     zero = 0 if spec.symmetric else spec.bits
     return layer.rows * layer.columns * spec.bits + groups * (8 * spec.scale_dtype.itemsize + zero)
 

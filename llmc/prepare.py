@@ -112,7 +112,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     frame = _frame(recipe, adapter, model_config.get_text_config())
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe.spec, stored, compute)
+    exporters = make_exporters(config, recipe, stored, compute)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]

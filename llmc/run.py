@@ -144,6 +144,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             },
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
             sparsity=None if prepared.recipe.sparsity is None else asdict(prepared.recipe.sparsity),
+            activations=None if prepared.recipe.act is None else prepared.recipe.act.to_dict(),
             bits=bits_per_weight(prepared.layers),
             perplexities=perplexities,
             outputs=outputs,

@@ -12,10 +12,10 @@ from .config import Config
 from .data import CalibrationSpec, EvaluationSpec
 from .errors import ConfigError
 from .export import EXPORTERS, Exporter
-from .quant import Granularity, MinMax, Mse, PerChannel, PerGroup, PerTensor, QuantSpec, Sparsity
+from .quant import QuantSpec, Sparsity
+from .schemes import SCALE_DTYPES, act_spec, unavailable, weight_spec
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS}
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def refuse_unavailable(config: Config) -> None:
@@ -26,11 +26,10 @@ def refuse_unavailable(config: Config) -> None:
     """
     quant, missing = config.quant, []
     if quant is not None:
-        missing += ["quant.act"] if quant.act is not None else []
         missing += ["quant.kvcache"] if quant.kvcache is not None else []
         missing += ["quant.mix_bits"] if quant.mix_bits else []
         missing += ["quant.token_reduction"] if quant.token_reduction else []
-        missing += _unavailable_weight(quant.weight)
+        missing += unavailable(quant)
     if config.sparse is not None:
         known = config.sparse.method in _KINDS
         missing += [] if known else [f"sparse.method: {config.sparse.method}"]
@@ -43,27 +42,10 @@ def refuse_unavailable(config: Config) -> None:
     if missing:
         raise ConfigError(
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
-            "available are weight-only integer quantization (2 to 8 bits), pruning by "
+            "available are weights and activations of 2 to 8 bits or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4, pruning by "
             f"{', '.join(name for name, kind in _KINDS.items() if kind == 'pruner')}, perplexity, "
             f"and {', '.join(sorted(available))}; remove the rest",
         )
-
-
-def _unavailable_weight(weight: object) -> list[str]:
-    from .config.schema import WeightConfig
-
-    if not isinstance(weight, WeightConfig):
-        return []
-    missing = []
-    if weight.quant_type == "float-quant" or not isinstance(weight.bit, int) or weight.bit > 8:
-        missing.append(f"quant.weight.bit: {weight.bit}")
-    if weight.granularity not in ("per_tensor", "per_channel", "per_group"):
-        missing.append(f"quant.weight.granularity: {weight.granularity}")
-    if weight.calib_algo not in ("minmax", "mse"):
-        missing.append(f"quant.weight.calib_algo: {weight.calib_algo}")
-    missing += ["quant.weight.int_range"] if weight.int_range is not None else []
-    missing += ["quant.weight.round_zp: False"] if not weight.round_zp else []
-    return missing
 
 
 def make_device(requested: str) -> torch.device:
@@ -80,30 +62,16 @@ def make_compute_dtype(requested: str, stored: torch.dtype, device: torch.device
     """``model.torch_dtype``; ``auto`` is the checkpoint's on a GPU, and float32 on a CPU, which is fastest in it."""
     if requested == "float8_e4m3fn":
         raise ConfigError("model.torch_dtype: float8_e4m3fn isn't available in this version", "use auto or bfloat16")
-    if requested in _DTYPES:
-        return _DTYPES[requested]
-    return stored if device.type == "cuda" and stored in _DTYPES.values() else torch.float32
+    if requested in SCALE_DTYPES:
+        return SCALE_DTYPES[requested]
+    return stored if device.type == "cuda" and stored in SCALE_DTYPES.values() else torch.float32
 
 
 def make_spec(config: Config, stored: torch.dtype) -> QuantSpec | None:
     """The grid of the weights. Scales are stored in the checkpoint's 16-bit dtype unless the file says otherwise."""
     if config.quant is None or config.quant.weight is None:
         return None
-    weight = config.quant.weight
-    granularity: Granularity
-    if weight.granularity == "per_group":
-        granularity = PerGroup(int(weight.group_size or 0))
-    else:
-        granularity = PerTensor() if weight.granularity == "per_tensor" else PerChannel()
-    automatic = stored if stored in (torch.bfloat16, torch.float16) else torch.float16
-    return QuantSpec(
-        bits=int(weight.bit),
-        symmetric=weight.symmetric,
-        granularity=granularity,
-        sym_mode=weight.sym_mode,
-        ranges=Mse(weight.maxshrink, weight.mse_grid) if weight.calib_algo == "mse" else MinMax(),
-        scale_dtype=_DTYPES.get(weight.scale_dtype, automatic),
-    )
+    return weight_spec(config.quant.weight, config.quant.act, stored)
 
 
 def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
@@ -116,6 +84,7 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
         blocks=frozenset(config.ignored_layers.block_ids) or None,
         full_names=frozenset(config.ignored_layers.special_names),
     )
+    act = None if quant is None or quant.act is None else act_spec(quant.act)
     recipe = make_recipe(
         _methods(config),
         {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
@@ -125,11 +94,13 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
         seed=config.base.seed,
         sparsity=make_sparsity(config),
         sparsity_out=sparse.sparsity_out if sparse else None,
+        act=act,
     )
     if recipe.needs_data and config.calib is None:
-        names = [step.algorithm.name for step in recipe.steps if step.needs.data]
+        asking = [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
+        asking += [f"quant.act ({act.describe()})"] if act is not None and act.observer is not None else []
         raise ConfigError(
-            f"{names[0]} needs calibration text, but there is no section 'calib'",
+            f"{asking[0]} needs calibration text, but there is no section 'calib'",
             "add calib with name, n_samples, seq_len and preproc",
         )
     return recipe
@@ -162,7 +133,7 @@ def make_sparsity(config: Config) -> Sparsity | None:
     return Sparsity(zeros / of, (zeros, of))
 
 
-def make_exporters(config: Config, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> list[Exporter]:
+def make_exporters(config: Config, recipe: Recipe, stored: torch.dtype, compute: torch.dtype) -> list[Exporter]:
     """The formats that the file asks for."""
     asked = {name for name, value in config.save if value is True}
     if asked and config.quant is None and config.sparse is None:
@@ -170,7 +141,7 @@ def make_exporters(config: Config, spec: QuantSpec | None, stored: torch.dtype, 
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    return [kind(spec, stored, compute) for kind in EXPORTERS if kind.name in asked]
+    return [kind(recipe.spec, stored, compute, recipe.act) for kind in EXPORTERS if kind.name in asked]
 
 
 def calibration_spec(config: Config) -> CalibrationSpec | None:

@@ -15,7 +15,16 @@ from pydantic import Field
 from torch import Tensor
 
 from ..models import ScaleRule
-from ..quant import PerGroup, QuantSpec, fake_quantize_weight, to_groups
+from ..quant import (
+    PerBlock,
+    PerGroup,
+    PerTensor,
+    QuantSpec,
+    bind_global_scale,
+    fake_quantize_weight,
+    from_groups,
+    to_groups,
+)
 from ..quant.affine import fake_quantize, find_ranges, qparams
 from .base import Algorithm, ClipRatios, Needs, Options, SubsetView
 
@@ -105,10 +114,11 @@ def _relative_weight(view: SubsetView) -> Tensor:
     """Mean over the rows of all Linears of ``|w| / max|w| of its group``, ``[in]``."""
     relative = []
     for name, linear in view.linears.items():
-        groups = linear.weight.detach().float().abs()
-        if (spec := view.specs.get(name)) is not None:
+        groups, spec = linear.weight.detach().float().abs(), view.specs.get(name)
+        if spec is not None:
             groups = to_groups(groups, spec)
-        relative.append((groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).reshape(linear.weight.shape))
+        groups = groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)
+        relative.append(groups if spec is None else from_groups(groups, linear.weight.shape, spec))
     return torch.cat(relative).mean(0)
 
 
@@ -133,7 +143,8 @@ def _linear_loss(view: SubsetView, scale: Tensor, gram: Tensor) -> float:
 
 
 def _rounded(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    return fake_quantize_weight(weight * scale, spec).div_(scale)
+    scaled = weight * scale
+    return fake_quantize_weight(scaled, bind_global_scale(spec, [scaled])).div_(scale)
 
 
 def _race(view: SubsetView, scales: list[Tensor], *, full: bool) -> int:
@@ -189,11 +200,12 @@ def search_clip(weight: Tensor, gram: Tensor, spec: QuantSpec, *, symmetric: boo
         spec: the grid.
         symmetric: shrink both ends alike.
     """
+    spec = bind_global_scale(spec, [weight])
     groups = to_groups(weight, spec)
     lo, hi = find_ranges(groups, spec)
     blocks = _diagonal_blocks(gram, groups.shape[-1]) if isinstance(spec.granularity, PerGroup) else gram[None]
     best_lo, best_hi = torch.ones_like(lo), torch.ones_like(hi)
-    if groups.shape[0] != weight.shape[0]:
+    if isinstance(spec.granularity, PerTensor | PerBlock):
         return ClipRatios(best_lo.squeeze(-1), best_hi.squeeze(-1))  # one range for all rows: nothing to trade
     ends = ("both",) if symmetric else ("hi", "lo")
     for end in ends:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..models import Heads, Residual, ScaleRule, Subset, scale_rule
-from ..quant import QuantSpec, QWeight, Sparsity
+from ..quant import Accumulator, ActSpec, QuantSpec, QWeight, Sparsity
 from .stats import AbsMean, Gram, SumSquares
 
 
@@ -45,10 +45,11 @@ class Statistics:
     gram: Gram | None = None
     abs_mean: AbsMean | None = None
     sum_squares: SumSquares | None = None
+    ranges: Accumulator | None = None
 
     def update(self, inputs: Tensor) -> None:
         """Add tokens ``[..., in]``."""
-        for statistic in (self.gram, self.abs_mean, self.sum_squares):
+        for statistic in (self.gram, self.abs_mean, self.sum_squares, self.ranges):
             if statistic is not None:
                 statistic.update(inputs)
 
@@ -244,10 +245,13 @@ class Algorithm:
         return []
 
 
-def new_statistics(wanted: Sequence[str] | frozenset[str], columns: int, device: torch.device) -> Statistics:
-    """Empty statistics of the wanted kinds."""
+def new_statistics(
+    wanted: Sequence[str] | frozenset[str], columns: int, device: torch.device, act: ActSpec | None = None
+) -> Statistics:
+    """Empty statistics of the wanted kinds, and of what ``act`` has to know of its inputs."""
     return Statistics(
         gram=Gram(columns, device) if "gram" in wanted else None,
         abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
         sum_squares=SumSquares(columns, device) if "sum_squares" in wanted else None,
+        ranges=None if act is None or act.observer is None else act.observer.accumulator(act.grid),
     )

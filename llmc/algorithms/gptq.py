@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..linalg import input_factor, replace_columns
-from ..quant import PerGroup, PerTensor, QuantSpec, QWeight, quantize_weight
-from ..quant.affine import find_ranges, qparams
+from ..quant import PerBlock, PerGroup, PerTensor, QuantSpec, QWeight, over_rows, quantize_weight
+from ..quant.affine import find_ranges, qparams, quantize
 from .base import Algorithm, LayerNote, Needs, Options, SubsetView
 from .rtn import clipped_qparams
 from .stats import relative_error
@@ -46,7 +46,8 @@ class GPTQOptions(Options):
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes (int8 ``[out, in]``), scales and zero points (float32 ``[out, groups]``), and the damping that it took."""
+    """Codes (``[out, in]``, int8 or the values of a float grid), scales and zero points (float32
+    ``[out, groups]``), and the damping that it took."""
 
     codes: Tensor
     scale: Tensor
@@ -85,7 +86,7 @@ class GPTQ(Algorithm):
         for name, spec in view.specs.items():
             grids.setdefault(spec, []).append(name)
         for spec, names in grids.items():
-            if isinstance(spec.granularity, PerTensor):
+            if isinstance(spec.granularity, PerTensor | PerBlock):
                 for name in names:
                     self._solve(view, spec, [name], gram.matrix)
             else:
@@ -98,7 +99,13 @@ class GPTQ(Algorithm):
             clipped_qparams(weight, spec, view.clips.get(name)) for name, weight in zip(names, weights, strict=True)
         ]
         static = self._static(spec, view.columns) or any(name in view.clips for name in names)
-        fixed = (torch.cat([scale for scale, _ in ranges]), torch.cat([zero for _, zero in ranges])) if static else None
+        fixed = None
+        if static:
+            by_row = [
+                [over_rows(part, weight.shape, spec) for part in found]
+                for weight, found in zip(weights, ranges, strict=True)
+            ]
+            fixed = (torch.cat([scale for scale, _ in by_row]), torch.cat([zero for _, zero in by_row]))
         pruned = torch.cat([view.pruned[name] for name in names]) if view.pruned.keys() >= {*names} else None
         solution = solve(torch.cat(weights), gram, spec, self.options, fixed, pruned)
         rows = [len(weight) for weight in weights]
@@ -109,15 +116,15 @@ class GPTQ(Algorithm):
                 note = LayerNote(relative_error(weight, quantized.dequantize(), None), fallback=why)
             else:
                 part = slice(sum(rows[:index]), sum(rows[: index + 1]))
-                per_tensor = isinstance(spec.granularity, PerTensor)
-                scale, zero = (t if per_tensor else t[part] for t in (solution.scale, solution.zero))
+                shared = isinstance(spec.granularity, PerTensor | PerBlock)
+                scale, zero = ranges[index] if shared else (solution.scale[part], solution.zero[part])
                 quantized = QWeight.from_float(solution.codes[part], scale, zero, spec, solution.group_index)
                 note = LayerNote(relative_error(weight, quantized.dequantize(), gram), damp=solution.damp)
             view.put(name, quantized, note)
 
     def _static(self, spec: QuantSpec, columns: int) -> bool:
         """Whether ranges are those of the original weights. With a single group they are in any case."""
-        if isinstance(spec.granularity, PerTensor) or spec.group_size(columns) == columns:
+        if isinstance(spec.granularity, PerTensor | PerBlock) or spec.group_size(columns) == columns:
             return True
         wanted = self.options.static_groups
         return self.options.actorder is True if wanted is None else wanted
@@ -130,7 +137,7 @@ class _Rounding:
     Attributes:
         work: the updated weight in the visiting order, ``[in, out]``.
         spec: the grid.
-        codes: found so far, int8 ``[in, out]``.
+        codes: found so far, ``[in, out]``.
         scales, zeros: ``[groups, out]``; where ``search`` is set, found when the loop reaches the group.
         group_of: the group of each column.
         search: columns of a group whose range is to be found; 0 where all ranges are there.
@@ -159,7 +166,7 @@ class _Rounding:
     def replace(self, column: int) -> Tensor:
         """Round to nearest; the zero point's code where the weight is pruned."""
         scale, zero = self.scales[self.group_of[column]], self.zeros[self.group_of[column]]
-        code = (self.work[column] / scale).round_().add_(zero).clamp_(self.spec.qmin, self.spec.qmax)
+        code = quantize(self.work[column], scale, zero, self.spec)
         if self.pruned is not None:
             code = torch.where(self.pruned[column], zero, code)
         self.codes[column] = code
@@ -197,7 +204,7 @@ def solve(
         return None
     # 2. Columns become rows: what the loop touches is contiguous.
     work = weight.T[order].contiguous()
-    codes = torch.empty_like(work, dtype=torch.int8)
+    codes = torch.empty_like(work, dtype=torch.int8 if spec.grid == "int" else torch.float32)
     rows = len(weight)
     del weight  # the caller's last reference, where it stacked several
     if fixed is None:
@@ -221,7 +228,8 @@ def _column_order(diagonal: Tensor, options: GPTQOptions, size: int) -> Tensor:
     """The order in which columns are visited, ``[in]``."""
     if options.actorder is False:
         return torch.arange(len(diagonal), device=diagonal.device)
-    if options.actorder is True:
+    # A block at the edge may be smaller; its ranges are fixed, so that groups needn't stay together.
+    if options.actorder is True or len(diagonal) % size:
         return diagonal.argsort(descending=True, stable=True)
     by_group = diagonal.reshape(-1, size)
     inside = by_group.argsort(dim=1, descending=True, stable=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import QuantSpec, Sparsity
+from ..quant import ActSpec, QuantSpec, Sparsity
 from .base import Algorithm, Needs
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
@@ -57,9 +57,10 @@ class Recipe:
     Attributes:
         steps: in order.
         spec: the grid of every quantized Linear; None when nothing is quantized.
-        ignored: Linears that are neither pruned nor quantized.
+        ignored: Linears that are neither pruned nor quantized, nor are their inputs.
         seed: of every random choice.
         sparsity: how much of every Linear is pruned; None when nothing is.
+        act: how the inputs of quantized Linears are quantized; None: they aren't.
     """
 
     steps: tuple[Step, ...]
@@ -67,6 +68,7 @@ class Recipe:
     ignored: Ignored = field(default_factory=Ignored)
     seed: int = 0
     sparsity: Sparsity | None = None
+    act: ActSpec | None = None
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
@@ -116,6 +118,7 @@ def make_recipe(
     seed: int = 0,
     sparsity: Sparsity | None = None,
     sparsity_out: bool | None = None,
+    act: ActSpec | None = None,
 ) -> Recipe:
     """Order the methods, add RTN where a grid is given and no quantizer named, and check that the order makes sense.
 
@@ -151,9 +154,22 @@ def make_recipe(
         pruner = chosen[kinds.index("pruner")].name
         raise ConfigError(f"{pruner} prunes, but nothing says how much", "add sparse.weight.sparsity")
     outs = {"transform": quant_out, "pruner": sparsity_out, "quantizer": quant_out}
-    steps = tuple(Step(a, a.needs(quant_out=outs[a.kind])) for a in chosen)
+    needs = [a.needs(quant_out=outs[a.kind]) for a in chosen]
+    if act is not None and act.observer is not None and not needs[-1].data:
+        needs[-1] = range_needs(quant_out)
+    steps = tuple(map(Step, chosen, needs))
     _check_loading(steps)
-    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None)
+    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act)
+
+
+def range_needs(quant_out: bool | None) -> Needs:
+    """What static activation ranges ask for where the quantizer asks for nothing.
+
+    By default they are taken where they will be used: on the compressed model's activations, each subset's behind the
+    compressed subsets before it. With ``quant_out: False`` they are those of the original model.
+    """
+    deployed = quant_out is not False
+    return Needs(data=True, sequential=deployed, compressed_stream=deployed)
 
 
 def _check_loading(steps: Sequence[Step]) -> None:

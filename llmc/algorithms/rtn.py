@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..quant import QuantSpec, quantize_weight
-from ..quant.affine import find_ranges, qparams, to_groups
+from ..quant import QuantSpec, quantize_weight, to_groups
+from ..quant.affine import find_ranges, qparams
 from .base import Algorithm, ClipRatios, LayerNote, Needs, Options, SubsetView
 from .stats import relative_error
 

@@ -21,7 +21,8 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-FLOAT_BITS = ("e4m3", "e5m2", "e3m2", "e4m7", "e2m1")
+MICRO_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}  # formats that fix their groups, and how large they are
+FLOAT_BITS = ("e4m3", "e5m2", "e3m2", "e4m7", "e2m1", *MICRO_GROUPS)
 FOUR_IN_EIGHT = 48  # the number by which LLMC calls 4-bit weights whose group scales are 8-bit integers
 MODEL_TYPES = _words(
     "auto Bloom ChatGLM DeepseekV2 DeepseekV3 Falcon Gemma2 GLM4V InternLM2 InternOmni InternVL2 Llama Llava LlavaHf "
@@ -140,8 +141,11 @@ def complete_tensor(data: object) -> object:
         data = {**{key: inner[key] for key in shared if key in inner}, **data}
     if data.get("bit") == 16:  # switched off, so nothing else need be said
         data = {"symmetric": True, "granularity": "per_tensor", **data}
-    if isinstance(data.get("bit"), str):
+    if isinstance(bit := data.get("bit"), str):
         data = {"quant_type": "float-quant", **data}
+        if bit in MICRO_GROUPS:
+            size = {"group_size": MICRO_GROUPS[bit]} if data.get("granularity") in (None, "per_group") else {}
+            data = {"symmetric": True, "granularity": "per_group", **size, **data}
     if isinstance(data.get("quant_type"), str):
         data = {**data, "quant_type": data["quant_type"].replace("_", "-")}
     if data.get("static") is True and data.get("calib_algo") in (None, "minmax"):

@@ -116,7 +116,7 @@ class EvalConfig(Section):
 class TensorConfig(Section):
     """How one kind of tensor is quantized: what weights, activations and the KV cache share."""
 
-    bit: legacy.Bit = Field(description="Bits, 2..16 (16 means off), or e4m3, e5m2, e3m2, e4m7, e2m1.")
+    bit: legacy.Bit = Field(description="Bits, 2..16 (16 means off), or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4.")
     quant_type: Literal["int-quant", "float-quant"] = Field("int-quant", description="Kind of grid; follows from bit.")
     symmetric: bool = Field(description="Whether the grid is symmetric around zero and so has no zero point.")
     granularity: str = Field(description="Which elements share one scale.")
@@ -139,10 +139,12 @@ class TensorConfig(Section):
 
     @model_validator(mode="after")
     def _tensor_rules(self) -> Self:
-        size, grain, codes = self.group_size, self.granularity, self.int_range
-        floating = isinstance(self.bit, str)
+        size, grain, codes, floating = self.group_size, self.granularity, self.int_range, isinstance(self.bit, str)
         mixed = (self.quant_type == "float-quant") != floating
         refuse_if(mixed, "quant_type", f"{self.quant_type} doesn't go with bit {self.bit}")
+        refuse_if(floating and not self.symmetric, "symmetric", f"{self.bit} has no zero point; set it to True")
+        fixed = legacy.MICRO_GROUPS.get(str(self.bit), size)
+        refuse_if(size != fixed, "group_size", f"{self.bit} has groups of {fixed}; leave it and granularity out")
         grouped = grain == "per_group"
         refuse_if(grouped and (size is None or size < 1), "group_size", "granularity per_group needs one above 0")
         refuse_if(not grouped and size is not None, "group_size", f"{size} has no use with {grain}; leave it out")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..quant import QuantSpec, Sparsity, UnitRecord
+from ..quant import ActSpec, QuantSpec, Sparsity, UnitRecord
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp"}
 _OURS = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
@@ -30,6 +30,7 @@ class Layer:
         spec: its grid; None if it isn't quantized.
         fused: the checkpoint names of all Linears that a backend fuses with it (q, k, v; gate, up).
         sparsity: how much of it is pruned; None if nothing is.
+        act: the grid of its inputs; None if they stay as they are.
     """
 
     name: str
@@ -38,10 +39,11 @@ class Layer:
     spec: QuantSpec | None
     fused: tuple[str, ...]
     sparsity: Sparsity | None = None
+    act: ActSpec | None = None
 
     def describe(self) -> str:
-        """What happens to it, in a few words; empty if nothing does."""
-        return ", ".join(part.describe() for part in (self.sparsity, self.spec) if part is not None)
+        """What happens to it, such as ``W8 channel sym, A8 token sym``; empty if nothing does."""
+        return ", ".join(part.describe() for part in (self.sparsity, self.spec, self.act) if part is not None)
 
 
 class Exporter:
@@ -51,6 +53,7 @@ class Exporter:
         spec: the grid of the quantized weights, or None.
         stored: the dtype of the original checkpoint's weights.
         compute: the dtype in which the model was evaluated.
+        act: the grid of the quantized Linears' inputs, or None.
     """
 
     name: ClassVar[str]
@@ -61,8 +64,10 @@ class Exporter:
     stores_group_index: ClassVar[bool] = True
     """Whether it can express groups that aren't runs of consecutive columns."""
 
-    def __init__(self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> None:
-        self.spec, self.stored, self.compute = spec, stored, compute
+    def __init__(
+        self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype, act: ActSpec | None = None
+    ) -> None:
+        self.spec, self.stored, self.compute, self.act = spec, stored, compute, act
 
     def check(self, layers: list[Layer]) -> list[str]:
         """Refuse what the backend can't load, before any weight is read.

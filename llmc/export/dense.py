@@ -23,7 +23,7 @@ class FakeQuant(Exporter):
         """That of the scales; with float32 scales, the computing dtype; the original's if nothing is quantized."""
         if self.spec is None:
             return self.stored
-        scales = self.spec.scale_dtype
+        scales = self.spec.product_dtype
         return self.compute if scales == torch.float32 else scales
 
     def nbytes(self, layer: Layer) -> int:

@@ -1,4 +1,4 @@
-"""compressed-tensors for vLLM: codes packed as computed, ``pack-quantized``.
+"""compressed-tensors for vLLM: packed integers, or int8 and FP8 codes as computed.
 
 Rules and names are those of vLLM 0.32's loader and of the compressed-tensors library, which also packs the codes.
 """
@@ -9,33 +9,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import PerGroup, PerTensor, QuantSpec, QWeight, UnitRecord
+from ..quant import QuantSpec, UnitRecord
 from .base import Exporter, Layer
+from .ct_layouts import Codes, Layout, Packed, input_nbytes, input_tensors
+from .vllm_schemes import PACKED, format_of, scheme_of
 
-_FORMAT = "pack-quantized"
-_GROUPS = (32, 64, 128)
-_PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_INPUTS = ("input_scale", "input_zero_point")
 # Routers of mixtures of experts aren't Linears in Transformers, but vLLM would ask for their scales.
 _ROUTERS = (r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$")
 
 
 class VLLM(Exporter):
-    """Weight-only W4A16 and W8A16."""
+    """Packed W4A16 and W8A16; W8A8 in integers and in FP8."""
 
     name = "save_vllm"
     folder = "vllm_quant_model"
     stores_group_index = False
 
     def check(self, layers: list[Layer]) -> list[str]:
-        """vLLM's kernels: 4 and 8 bits; groups of 32, 64, 128 or whole rows; zero points with 4 bits only."""
-        _check_spec(self._need_spec())
+        """vLLM has kernels for few schemes, and runs Linears that it fuses with one."""
+        packed = format_of(self._need_spec(), self.act) == PACKED
         by_name = {layer.name: layer for layer in layers}
         for layer in layers:
             differing = [name for name in layer.fused if by_name[name].spec != layer.spec]
@@ -49,69 +47,50 @@ class VLLM(Exporter):
                     f"{layer.name}: {layer.rows} rows of zero points can't be packed by 8 (save_vllm)",
                     "use symmetric: true, or write save_fake, which Transformers loads",
                 )
-        odd = sorted(
-            {
-                f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}"
-                for x in layers
-                if x.spec and (x.columns % 128 or x.rows % 64)
-            }
-        )
-        if odd:
-            return [
-                "vLLM's fastest GPU kernel (Marlin) wants in % 128 = 0 and out % 64 = 0; "
-                f"it uses another for {', '.join(odd)}"
-            ]
-        return []
+        return _slower(layers) if packed else []
 
     def nbytes(self, layer: Layer) -> int:
-        """Codes, scales, zero points and the shape."""
+        """Codes, scales and what else the format stores."""
         if layer.spec is None:
             return layer.rows * layer.columns * self.stored.itemsize
-        groups = layer.columns // layer.spec.group_size(layer.columns)
-        zero = 0 if layer.spec.symmetric else layer.rows * groups * layer.spec.bits // 8
-        codes = layer.rows * -(-layer.columns * layer.spec.bits // 32) * 4
-        return codes + layer.rows * groups * layer.spec.scale_dtype.itemsize + zero + 16
+        return self._layout().nbytes(layer.rows, layer.columns, layer.spec) + input_nbytes(self.act)
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
-        """``weight_packed``, ``weight_scale``, ``weight_shape`` and, if asymmetric, ``weight_zero_point`` of each."""
+        """The parts of each weight, and the scale of its inputs where that is static."""
         stored = dict(unit.plain)
         for name, weight in unit.quantized.items():
-            stored[f"{name}.weight_packed"] = pack_to_int32(weight.codes, weight.spec.bits)
-            stored[f"{name}.weight_scale"] = weight.scale
-            stored[f"{name}.weight_shape"] = torch.tensor(weight.codes.shape, dtype=torch.int64)
-            if weight.zero is not None:
-                stored[f"{name}.weight_zero_point"] = pack_to_int32(weight.zero, weight.spec.bits, packed_dim=0)
+            parts = self._layout().tensors(weight) | input_tensors(self.act, unit.inputs.get(name))
+            stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         return stored
 
     def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
-        """Unpack the codes."""
-        names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
-        plain = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in _PARTS}
-        return UnitRecord(plain=plain, quantized={name: self._read_weight(tensors, name) for name in names})
-
-    def _read_weight(self, tensors: Mapping[str, Tensor], name: str) -> QWeight:
-        spec = self._need_spec()
-        shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
-        scale = tensors[f"{name}.weight_scale"]
-        zero = tensors.get(f"{name}.weight_zero_point")
-        if zero is not None:
-            zero = unpack_from_int32(zero, spec.bits, scale.shape, packed_dim=0)
-        return QWeight(unpack_from_int32(tensors[f"{name}.weight_packed"], spec.bits, shape), scale, zero, spec)
+        """Codes and scales. The range of an input can't be told from its scale."""
+        scale = ".weight_scale"
+        names = [name.removesuffix(scale) for name in tensors if name.endswith(scale)]
+        quantized, taken = {}, set()
+        for name in names:
+            own = self._own(tensors, name)
+            quantized[name] = self._layout().read(own, self._need_spec())
+            taken |= {f"{name}.{part}" for part in (*own, *_INPUTS)}
+        plain = {name: tensor for name, tensor in tensors.items() if name not in taken}
+        return UnitRecord(plain=plain, quantized=quantized)
 
     def independent(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
         """compressed-tensors' own decompression."""
-        if f"{name}.weight_packed" not in tensors:
+        if f"{name}.weight_scale" not in tensors:
             return None
-        parts = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
-        dense: Tensor = BaseCompressor.get_value_from_registry(_FORMAT).decompress(parts, self._scheme())["weight"]
+        scheme = scheme_of(self._need_spec(), self.act)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
+        dense: Tensor = compressor.decompress(self._own(tensors, name), scheme)["weight"]
         return dense
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's with a ``quantization_config``; ignored Linears by their exact names."""
         ignored = [layer.name for layer in layers if layer.spec is None]
+        scheme = scheme_of(self._need_spec(), self.act)
         quantization = QuantizationConfig(
-            config_groups={"group_0": self._scheme()},
-            format=_FORMAT,
+            config_groups={"group_0": scheme},
+            format=scheme.format,
             quantization_status="compressed",
             ignore=["lm_head", *ignored, *_ROUTERS],
             kv_cache_scheme=None,
@@ -122,6 +101,13 @@ class VLLM(Exporter):
         """vLLM's own server."""
         return f"vllm serve {folder}"
 
+    def _own(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+        """The parts of one weight."""
+        return {part: tensors[f"{name}.{part}"] for part in self._layout().parts if f"{name}.{part}" in tensors}
+
+    def _layout(self) -> Layout:
+        return Packed() if format_of(self._need_spec(), self.act) == PACKED else Codes()
+
     def _need_spec(self) -> QuantSpec:
         if self.spec is None:
             raise ExportError(
@@ -130,38 +116,18 @@ class VLLM(Exporter):
             )
         return self.spec
 
-    def _scheme(self) -> QuantizationScheme:
-        spec = self._need_spec()
-        group = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
-        weights = QuantizationArgs(
-            num_bits=spec.bits,
-            type="int",
-            symmetric=spec.symmetric,
-            strategy="channel" if group is None else "group",
-            group_size=group,
-            dynamic=False,
-        )
-        return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=None, format=_FORMAT)
 
-
-def _check_spec(spec: QuantSpec) -> None:
-    if spec.bits not in (4, 8):
-        raise ExportError(
-            f"vLLM has no kernel for {spec.bits}-bit weights (save_vllm)",
-            "use quant.weight.bit: 4 or 8, or keep the bits and write save_fake, which Transformers loads",
-        )
-    if isinstance(spec.granularity, PerTensor):
-        raise ExportError(
-            "vLLM doesn't load weight-only checkpoints with one scale per tensor (save_vllm)",
-            "use granularity: per_channel or per_group, or write save_fake, which Transformers loads",
-        )
-    if isinstance(spec.granularity, PerGroup) and spec.granularity.size not in _GROUPS:
-        raise ExportError(
-            f"vLLM has no kernel for groups of {spec.granularity.size} (save_vllm)",
-            f"use group_size {', '.join(map(str, _GROUPS))}, or per_channel, or write save_fake for Transformers",
-        )
-    if not spec.symmetric and spec.bits != 4:
-        raise ExportError(
-            f"vLLM loads zero points with 4-bit weights only, not with {spec.bits} bits (save_vllm)",
-            "use symmetric: true, or write save_fake, which Transformers loads",
-        )
+def _slower(layers: list[Layer]) -> list[str]:
+    """A warning of shapes that the fastest kernel doesn't take."""
+    odd = sorted(
+        {
+            f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}"
+            for x in layers
+            if x.spec and (x.columns % 128 or x.rows % 64)
+        }
+    )
+    if not odd:
+        return []
+    return [
+        f"vLLM's fastest GPU kernel (Marlin) wants in % 128 = 0 and out % 64 = 0; it uses another for {', '.join(odd)}"
+    ]

@@ -1,29 +1,63 @@
 """Numbers only: grids, ranges, codes. Imports torch and nothing of ours."""
 
-from .affine import fake_quantize_weight, group_qparams, quantize, quantize_weight, to_groups
+from .activations import ActSpec, InputRange, fake_quantize_inputs, static_qparams
+from .affine import fake_quantize_weight, group_qparams, quantize, quantize_weight
+from .floats import bind_global_scale
+from .groups import from_groups, over_rows, to_groups
+from .linear import InputQuantizer
+from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, StaticMinMax
 from .qweight import QWeight
 from .record import UnitRecord
 from .sparsity import Sparsity, lowest, prune_mask
-from .spec import Granularity, MinMax, Mse, PerChannel, PerGroup, PerTensor, QuantSpec, RangeSpec, SymMode
+from .spec import (
+    Granularity,
+    Grid,
+    MinMax,
+    Mse,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    RangeSpec,
+    SymMode,
+)
 
 __all__ = [
+    "Accumulator",
+    "ActSpec",
     "Granularity",
+    "Grid",
+    "HistogramMse",
+    "InputQuantizer",
+    "InputRange",
     "MinMax",
+    "MovingMinMax",
     "Mse",
+    "Observer",
+    "PerBlock",
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "PerToken",
     "QWeight",
     "QuantSpec",
     "RangeSpec",
     "Sparsity",
+    "StaticMinMax",
     "SymMode",
     "UnitRecord",
+    "bind_global_scale",
+    "fake_quantize_inputs",
     "fake_quantize_weight",
+    "from_groups",
     "group_qparams",
     "lowest",
+    "over_rows",
     "prune_mask",
     "quantize",
     "quantize_weight",
+    "static_qparams",
     "to_groups",
 ]

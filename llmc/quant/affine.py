@@ -1,4 +1,4 @@
-"""Integer grids: scales and zero points, codes, and back.
+"""Scales and zero points, codes, and back, on integer and float grids.
 
 Weights are seen as ``[rows, groups, group]``: every group of every row has its own scale, rounded to its stored dtype
 before a code is computed. Arithmetic is float32.
@@ -9,22 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .floats import bind_global_scale, nearest, scale_of
+from .groups import from_groups, to_groups
 from .qweight import QWeight
-from .spec import MinMax, Mse, PerTensor, QuantSpec
-
-
-def to_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """View ``[out, in]`` as ``[out, groups, group]`` (per tensor: ``[1, 1, out * in]``).
-
-    Raises:
-        ValueError: the group size doesn't divide the number of input channels.
-    """
-    if isinstance(spec.granularity, PerTensor):
-        return weight.reshape(1, 1, -1)
-    size = spec.group_size(weight.shape[1])
-    if weight.shape[1] % size:
-        raise ValueError(f"group size {size} doesn't divide {weight.shape[1]} input channels")
-    return weight.reshape(weight.shape[0], -1, size)
+from .spec import MinMax, Mse, QuantSpec
 
 
 def qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -35,7 +23,9 @@ def qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """
     lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)
     levels = spec.qmax - spec.qmin
-    if not spec.symmetric:
+    if spec.grid != "int":
+        scale = scale_of(torch.maximum(-lo, hi), spec)
+    elif not spec.symmetric:
         scale = (hi - lo) / levels
     elif spec.sym_mode == "full":
         # The signed value of larger magnitude lands on qmin = -2^(b-1) exactly.
@@ -43,7 +33,7 @@ def qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     else:
         magnitude = torch.maximum(-lo, hi)
         scale = magnitude / spec.qmax if spec.sym_mode == "restricted" else 2 * magnitude / levels
-    scale = store(scale, spec.scale_dtype)
+    scale = store_scale(scale, spec)
     if spec.symmetric:
         return scale, torch.zeros_like(scale)
     return scale, (spec.qmin - (lo / scale).round()).clamp(spec.qmin, spec.qmax)
@@ -56,8 +46,28 @@ def store(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((rounded == 0) | rounded.isnan(), torch.ones_like(rounded), rounded)
 
 
+def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Round scales as the spec stores them, and return them as float32.
+
+    Raises:
+        ValueError: an NVFP4 spec without its global scale.
+    """
+    if not spec.is_nvfp4:
+        return store(scale, spec.scale_dtype)
+    if spec.global_scale is None:
+        raise ValueError("bind NVFP4 to a tensor first: it has no global scale")
+    # A tensor on the scales' device: dividing by a number would multiply by its reciprocal on a GPU.
+    whole = scale.new_tensor(spec.global_scale)
+    return store(scale * whole, spec.scale_dtype) / whole
+
+
 def quantize(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes of ``values`` as float32; ``scale`` and ``zero`` broadcast against them. Rounds half to even."""
+    """Codes of ``values`` as float32; ``scale`` and ``zero`` broadcast against them. Rounds half to even.
+
+    The codes of a float grid are its values.
+    """
+    if spec.grid != "int":
+        return nearest(values.float() / scale, spec.grid)
     return (values.float() / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
 
 
@@ -89,15 +99,21 @@ def _search_mse(groups: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec, search:
 
 
 def group_qparams(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point ``[out, groups]`` of a weight ``[out, in]`` (per tensor: ``[1, 1]``)."""
+    """Scale and zero point ``[out, groups]`` of a weight ``[out, in]`` (per tensor: ``[1, 1]``; blocks: one each)."""
     scale, zero = qparams(*find_ranges(to_groups(weight, spec), spec), spec)
     return scale.squeeze(-1), zero.squeeze(-1)
 
 
 def fake_quantize_weight(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Round-to-nearest of ``[out, in]``, in float32: what a search compares. It isn't rounded to the scales' dtype."""
+    """Round-to-nearest of ``[out, in]``, in float32: what a search compares. It isn't rounded to the scales' dtype.
+
+    NVFP4 without a global scale gets that of this weight.
+    """
+    if spec.global_scale is None:
+        spec = bind_global_scale(spec, [weight])
     groups = to_groups(weight, spec)
-    return fake_quantize(groups, *qparams(*find_ranges(groups, spec), spec), spec).reshape(weight.shape)
+    rounded = fake_quantize(groups, *qparams(*find_ranges(groups, spec), spec), spec)
+    return from_groups(rounded, weight.shape, spec)
 
 
 def quantize_weight(weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Tensor] | None = None) -> QWeight:
@@ -105,10 +121,12 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Ten
 
     Args:
         weight: any float dtype.
-        spec: the grid.
+        spec: the grid. NVFP4 without a global scale gets that of this weight.
         qparams_: scale and zero point ``[out, groups]``, if they were found elsewhere (clipping).
     """
+    if spec.global_scale is None:
+        spec = bind_global_scale(spec, [weight])
     scale, zero = group_qparams(weight, spec) if qparams_ is None else qparams_
     groups = to_groups(weight, spec)
-    codes = quantize(groups, scale[..., None], zero[..., None], spec).reshape(weight.shape)
-    return QWeight.from_float(codes, scale, zero, spec)
+    codes = quantize(groups, scale[..., None], zero[..., None], spec)
+    return QWeight.from_float(from_groups(codes, weight.shape, spec), scale, zero, spec)

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .spec import PerTensor, QuantSpec
+from .groups import from_groups, to_groups
+from .spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class QWeight:
-    """Integer codes with their scales: ``weight[o, i] = (codes[o, i] - zero[o, g]) * scale[o, g]``.
+    """Codes with their scales: ``weight[o, i] = (codes[o, i] - zero[o, g]) * scale[o, g]``.
 
     Attributes:
-        codes: int8 ``[out, in]``, signed, in ``[spec.qmin, spec.qmax]``.
-        scale: ``[out, groups]`` in ``spec.scale_dtype`` (per tensor: ``[1, 1]``).
+        codes: ``[out, in]`` in ``spec.code_dtype``: int8, signed, in ``[spec.qmin, spec.qmax]``; on float grids the
+            grid's values in an FP8 dtype.
+        scale: ``[out, groups]`` in ``spec.scale_dtype`` (per tensor: ``[1, 1]``; blocks: one each). NVFP4 divides it by
+            ``spec.global_scale``.
         zero: int8, shaped like ``scale``; None on symmetric grids.
         spec: the grid.
         group_index: int32 ``[in]``, the group of each column where groups aren't runs of consecutive columns
@@ -33,10 +36,12 @@ class QWeight:
     def from_float(
         cls, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, group_index: Tensor | None = None
     ) -> QWeight:
-        """Store float codes, scales and zero points (whole numbers, scales already rounded) in their own dtypes."""
+        """Store float codes, scales and zero points (of the grid, scales already rounded) in their own dtypes."""
+        # A product that rounding in float32 put beside the e4m3 number is rounded onto it.
+        stored = scale if spec.global_scale is None else scale * scale.new_tensor(spec.global_scale)
         return cls(
-            codes=codes.to(torch.int8),
-            scale=scale.to(spec.scale_dtype),
+            codes=codes.to(spec.code_dtype),
+            scale=stored.to(spec.scale_dtype),
             zero=None if spec.symmetric else zero.to(torch.int8),
             spec=spec,
             group_index=group_index,
@@ -47,22 +52,24 @@ class QWeight:
 
         A product of code and scale has more digits than a 16-bit scale. Backends multiply in the dtype of the scales
         and keep what fits, so that is the weight which is evaluated, propagated and saved. It's computed in float32
-        and rounded once; ask for ``scale_dtype: float32`` to lose nothing.
+        and rounded once; ask for ``scale_dtype: float32`` to lose nothing. With scales of 8 bits the product stays in
+        float32.
         """
-        return self._exact().to(self.spec.scale_dtype).to(dtype)
+        return self._exact().to(self.spec.product_dtype).to(dtype)
 
     def _exact(self) -> Tensor:
         scale, zero = self.scale.float(), None if self.zero is None else self.zero.float()
+        if self.spec.global_scale is not None:
+            scale = scale / scale.new_tensor(self.spec.global_scale)
         if self.group_index is not None:
             index = self.group_index.long()
             values = self.codes.float()
             values = values if zero is None else values - zero[:, index]
             return values * scale[:, index]
-        shape = (1, 1, -1) if isinstance(self.spec.granularity, PerTensor) else (*scale.shape, -1)
-        values = self.codes.float().reshape(shape)
+        values = to_groups(self.codes.float(), self.spec)
         if zero is not None:
             values -= zero[..., None]
-        return (values * scale[..., None]).reshape(self.codes.shape)
+        return from_groups(values.mul_(scale[..., None]), self.codes.shape, self.spec)
 
     def to(self, device: torch.device | str) -> QWeight:
         """The same on another device."""

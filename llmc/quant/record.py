@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .activations import InputRange
 from .qweight import QWeight
 
 
@@ -16,7 +17,10 @@ class UnitRecord:
     Attributes:
         plain: tensors under the checkpoint's own names, in their stored dtype.
         quantized: quantized weights by the checkpoint's name of their module (``model.layers.0.mlp.down_proj``).
+        inputs: calibrated ranges of the inputs of such modules, by the same names; empty where scales are dynamic. An
+            exporter stores what follows from them, and doesn't read them back.
     """
 
     plain: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QWeight] = field(default_factory=dict)
+    inputs: dict[str, InputRange] = field(default_factory=dict)

@@ -37,6 +37,7 @@ def make_metrics(
     model: Mapping[str, Any],
     scheme: Mapping[str, Any] | None,
     sparsity: Mapping[str, Any] | None,
+    activations: Mapping[str, Any] | None,
     bits: float | None,
     perplexities: Sequence[Perplexity],
     outputs: Mapping[str, Mapping[str, Any]],
@@ -47,7 +48,7 @@ def make_metrics(
     """Plain values. ``layers`` gives each Linear's relative output error ``|(W - W')X|²/|WX|²`` on the calibration
     tokens (of the weights alone where the method saw none), the damping that GPTQ needed and why a layer fell back;
     of a pruned one the fraction of zeros and, if a quantizer followed, the error that it found (``error`` is then the
-    quantizer's own)."""
+    quantizer's own); ``inputs`` the calibrated range of each subset's input where activations have static scales."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
     fallbacks = [
         {"block": row["unit"], "layer": name, "why": note["fallback"]}
@@ -61,6 +62,7 @@ def make_metrics(
         "model": dict(model),
         "scheme": scheme,
         "sparsity": None if sparsity is None else {**sparsity, "mean": _mean_sparsity(blocks)},
+        "activations": activations,
         "bits_per_weight": bits,
         "evaluation": [one.to_dict() for one in perplexities],
         "outputs": {name: dict(output) for name, output in outputs.items()},
@@ -71,7 +73,9 @@ def make_metrics(
         "peak_host_bytes": measured.peak_host,
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
-        "blocks": [{key: row[key] for key in ("unit", "seconds", "error", "layers", "scales")} for row in blocks],
+        "blocks": [
+            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales", "inputs")} for row in blocks
+        ],
         "config": dict(config),
     }
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..algorithms import ClipRatios, Frame, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
-from ..quant import QuantSpec, QWeight, Sparsity, UnitRecord
+from ..quant import InputRange, QuantSpec, QWeight, UnitRecord, bind_global_scale
+from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
 from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
 
@@ -43,6 +44,7 @@ class BlockWork:
         quantized: results by name in the block.
         notes: what the report says, by name in the block.
         scales: largest and smallest folded input scale of each subset.
+        inputs: what rounds the Linears' inputs.
     """
 
     context: WorkContext
@@ -57,6 +59,15 @@ class BlockWork:
     scales: dict[str, list[float]] = field(default_factory=dict)
     _pending: list[Tensor] | None = None
     _behind: bool = False
+    inputs: BlockInputs = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe = self.context.recipe
+        readers = {
+            _key(subset): [self._linear(name) for name in subset.linears if self._spec_of(name) is not None]
+            for subset in self.context.subsets
+        }
+        self.inputs = BlockInputs(recipe.act if recipe.steps else None, readers)
 
     def load(self) -> None:
         """Let the transforms change the block that need no data.
@@ -130,6 +141,9 @@ class BlockWork:
             with nullcontext() if step.algorithm.kind == "transform" else unheaped():
                 step.algorithm.subset(view)
             self._accept(view)
+            if step.algorithm.kind == "quantizer":
+                found = None if statistics.ranges is None else InputRange(*statistics.ranges.range())
+                self.inputs.switch_on(_key(view.subset), found)
             view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
             views.append(view)
             trim_heap()
@@ -153,7 +167,9 @@ class BlockWork:
         linears = tuple(self._linear(name) for name in subset.linears)
         inspect = (self.block.get_submodule(subset.inspect) if subset.inspect else self.block) if searching else None
         columns = linears[0].weight.shape[1]
-        return Stage(linears, inspect, partial(new_statistics, step.algorithm.statistics, columns, self.context.device))
+        act = None if searching else self.context.recipe.act
+        make = partial(new_statistics, step.algorithm.statistics, columns, self.context.device, act)
+        return Stage(linears, inspect, make)
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.block.get_submodule(name)
@@ -162,14 +178,14 @@ class BlockWork:
         return module
 
     def _view(self, subset: Subset, statistics: Statistics, calls: HeldCalls | None) -> SubsetView:
-        specs: dict[str, QuantSpec] = {}
-        sparsity: dict[str, Sparsity] = {}
-        for name in subset.linears:
-            place = (self.index, name, f"{self.prefix}.{name}")
-            if (spec := self.context.recipe.spec_of(*place)) is not None:
-                specs[name] = spec
-            if (share := self.context.recipe.sparsity_of(*place)) is not None:
-                sparsity[name] = share
+        places = {name: (self.index, name, f"{self.prefix}.{name}") for name in subset.linears}
+        shares = {name: self.context.recipe.sparsity_of(*place) for name, place in places.items()}
+        sparsity = {name: share for name, share in shares.items() if share is not None}
+        found = {name: self._spec_of(name) for name in subset.linears}
+        specs = {name: spec for name, spec in found.items() if spec is not None}
+        # Linears that are run as one share NVFP4's global scale.
+        weights = [self._linear(name).weight.detach() for name in specs]
+        specs = {name: bind_global_scale(spec, weights) for name, spec in specs.items()}
         return SubsetView(
             subset=subset,
             linears={name: self._linear(name) for name in subset.linears},
@@ -182,6 +198,9 @@ class BlockWork:
             sparsity=sparsity,
             pruned=self.pruned,
         )
+
+    def _spec_of(self, name: str) -> QuantSpec | None:
+        return self.context.recipe.spec_of(self.index, name, f"{self.prefix}.{name}")
 
     def _accept(self, view: SubsetView) -> None:
         """Take over a subset's results. Compressed weights go live at once: a waiting batch goes on with them.
@@ -209,15 +228,14 @@ class BlockWork:
         scale, rule = view.scale
         prev_weight = f"{self.prefix}.{view.subset.prev}.weight"
         fold_scale(view.prev, list(view.linears.values()), scale, rule, self.stored[prev_weight][1])
-        self.scales["+".join(view.subset.linears)] = [float(scale.min()), float(scale.max())]
+        self.scales[_key(view.subset)] = [float(scale.min()), float(scale.max())]
 
     def _store_plain(self) -> None:
         """Round what won't be quantized to its stored dtype, so that the model goes on with what is written."""
         for name, parameter in self._parameters():
             owner = name.removeprefix(f"{self.prefix}.").rpartition(".")[0]
-            spec = self.context.recipe.spec_of(self.index, owner, f"{self.prefix}.{owner}")
             if (
-                spec is None
+                self._spec_of(owner) is None
                 or not name.endswith(".weight")
                 or not isinstance(self.block.get_submodule(owner), nn.Linear)
             ):
@@ -237,8 +255,22 @@ class BlockWork:
             if name not in codes:
                 stored_name, dtype = self.stored[name]
                 plain[stored_name] = parameter.data.to(dtype).cpu()
-        named = {self.stored[name][0].removesuffix(".weight"): weight.to("cpu") for name, weight in codes.items()}
-        return UnitRecord(plain=plain, quantized=named)
+        named = {self._stored_module(name): weight.to("cpu") for name, weight in codes.items()}
+        return UnitRecord(plain=plain, quantized=named, inputs=self._input_ranges() if quantized else {})
+
+    def _stored_module(self, weight: str) -> str:
+        """The checkpoint's name of the module that has a weight."""
+        return self.stored[weight][0].removesuffix(".weight")
+
+    def _input_ranges(self) -> dict[str, InputRange]:
+        """Calibrated ranges by the checkpoint's names of the Linears."""
+        found = self.inputs.found
+        return {
+            self._stored_module(f"{self.prefix}.{name}.weight"): found[_key(subset)]
+            for subset in self.context.subsets
+            for name in subset.linears
+            if _key(subset) in found and name in self.quantized
+        }
 
     def set_weights(self, record: UnitRecord) -> None:
         """Give the block the weights of a record that was read back."""
@@ -260,3 +292,8 @@ class BlockWork:
         finally:
             for parameter, data in kept:
                 parameter.data = data
+
+
+def _key(subset: Subset) -> str:
+    """A subset's name in the journal."""
+    return "+".join(subset.linears)

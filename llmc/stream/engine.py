@@ -239,6 +239,7 @@ class Engine:
         else:
             self._replay(index, unit, work, row)
         self._gate(index)
+        work.inputs.remove()
         self._skeleton.release(block)
         del work, block
         give_back_memory()
@@ -270,6 +271,7 @@ class Engine:
             "outputs": outputs,
             "layers": {name: _note(note) for name, note in work.notes.items()},
             "scales": work.scales,
+            "inputs": work.inputs.ranges,
             "error": self._relative_error(),
         }
 
@@ -283,6 +285,7 @@ class Engine:
             self._propagate(index, "eval.transformed", "evaluate")
         if self._sinks:
             work.set_weights(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
+            work.inputs.restore(row["inputs"])
         if compressed is not None:
             propagate(compressed)
         self._propagate(index, "eval.fake_quant", "evaluate")

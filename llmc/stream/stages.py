@@ -17,6 +17,7 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..algorithms import Statistics
 from .activations import Stream
@@ -97,6 +98,12 @@ class _Waiting(greenlet.greenlet):
     passed = -1
 
 
+def _first(linear: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
+    """Hook a Linear before whatever rounds its input: statistics are of the input as it comes, and a batch that waited
+    in the hook has its input rounded as soon as the subset is compressed."""
+    return linear.register_forward_pre_hook(hook, prepend=True)
+
+
 def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bool) -> None:
     """One forward for each batch, in stages.
 
@@ -137,12 +144,12 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
 
     waiting = [_Waiting(body(batch)) for batch in range(len(run.inputs))]
     try:
+        for index, stage in enumerate(stages):
+            hooks += [_first(linear, before(index)) for linear in stage.linears]
         for stage in stages:
             # The hook of a Linear that is its own witness must see the call before the batch is held there.
             if stage.inspect is not None:
-                hooks.append(stage.inspect.register_forward_pre_hook(inspect, with_kwargs=True))
-        for index, stage in enumerate(stages):
-            hooks += [linear.register_forward_pre_hook(before(index)) for linear in stage.linears]
+                hooks.append(stage.inspect.register_forward_pre_hook(inspect, prepend=True, with_kwargs=True))
         for index, stage in enumerate(stages):
             for batch in waiting:
                 if batch.stage < index:
@@ -188,10 +195,9 @@ def _observe(run: BlockRun, batch: int, stage: Stage, statistics: Statistics, ca
     def inspect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.held.append((args, kwargs))
 
-    hooks = []
+    hooks = [_first(linear, before) for linear in stage.linears]
     if stage.inspect is not None:
-        hooks.append(stage.inspect.register_forward_pre_hook(inspect, with_kwargs=True))
-    hooks += [linear.register_forward_pre_hook(before) for linear in stage.linears]
+        hooks.append(stage.inspect.register_forward_pre_hook(inspect, prepend=True, with_kwargs=True))
     try:
         run.forward(batch)
     except _Reached:
@@ -209,7 +215,7 @@ def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: 
     statistics = [stage.new_statistics() for stage in stages]
     first = [stage.linears[0] for stage in stages]
     hooks = [
-        linear.register_forward_pre_hook(lambda module, args, index=index: statistics[index].update(args[0]))
+        _first(linear, lambda module, args, index=index: statistics[index].update(args[0]))
         for index, linear in enumerate(first)
     ]
     try:

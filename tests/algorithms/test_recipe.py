@@ -9,12 +9,8 @@ from llmc.algorithms.gptq import GPTQOptions
 from llmc.errors import ConfigError
 from llmc.quant import PerChannel, QuantSpec, Sparsity
 
-<<<<<<< HEAD
 SPEC = QuantSpec(4, True, PerChannel())
 HALF = Sparsity(0.5)
-=======
-SPEC, HALF = QuantSpec(4, True, PerChannel()), Sparsity(0.5)
->>>>>>> sparse2
 
 
 def recipe(

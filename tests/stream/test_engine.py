@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llmc.algorithms import Frame, Ignored, make_recipe
+from llmc.algorithms import Frame, Ignored, Recipe, make_recipe
 from llmc.errors import CheckpointError, RunError
 from llmc.eval.perplexity import mean_losses, perplexity
 from llmc.export import read_config
 from llmc.export.dense import FakeQuant, Transformed
 from llmc.export.vllm import VLLM
 from llmc.models import heads_of, residual_of
-from llmc.quant import PerGroup, QuantSpec
+from llmc.quant import ActSpec, PerGroup, QuantSpec
 from llmc.stream import engine as engine_module
 from llmc.stream.activations import ActivationStore
 from llmc.stream.engine import Batches, Engine, EngineOptions, Outcome
@@ -79,12 +79,18 @@ class Pass:
     positions: tuple[str, ...] = ("pretrain", "transformed", "fake_quant")
     formats: tuple[type, ...] = (VLLM, FakeQuant, Transformed)
     ignored: Ignored = field(default_factory=Ignored)
+    spec: QuantSpec = SPEC
+    act: ActSpec | None = None
     witness: Witness = field(default_factory=Witness)
+
+    def recipe(self) -> Recipe:
+        methods, quant_out = self.method.split("+"), self.quant_out
+        return make_recipe(methods, {}, self.spec, self.ignored, quant_out=quant_out, act=self.act)
 
     def sinks(self) -> list[Sink]:
         made = []
         for kind in self.formats:
-            exporter, folder = kind(SPEC, torch.bfloat16, torch.float32), self.folder / kind.folder
+            exporter, folder = kind(self.spec, torch.bfloat16, torch.float32, self.act), self.folder / kind.folder
             folder.mkdir(parents=True, exist_ok=True)
             made.append(Sink(folder, exporter, UNITS, lambda path, record: None))
         return made
@@ -95,7 +101,7 @@ class Pass:
         self.witness = Witness(fatal)
         skeleton = self.tiny.skeleton()
         source, sinks = self.tiny.source(skeleton), self.sinks()
-        recipe = make_recipe(self.method.split("+"), {}, SPEC, self.ignored, quant_out=self.quant_out)
+        recipe = self.recipe()
         config, subsets, heads = self.tiny.config, self.tiny.subsets, heads_of(self.tiny.config)
         frame = None
         if recipe.at_load:
@@ -127,7 +133,7 @@ class Pass:
 
     def written_model(self, kind: type) -> nn.Module:
         """The written folder as transformers loads it."""
-        exporter = kind(SPEC, torch.bfloat16, torch.float32)
+        exporter = kind(self.spec, torch.bfloat16, torch.float32, self.act)
         folder = self.folder / kind.folder
         sink = next(sink for sink in self.sinks() if isinstance(sink.format, kind))
         sink.write_index([row for row in Journal(self.folder / "state/journal.jsonl").rows if row["kind"] == "unit"])

@@ -1,0 +1,76 @@
+"""Float grids of 8 and 4 bits, as the hardware has them: what saturates, where ties go, which scales are allowed.
+
+FP8 is torch's own cast behind a clamp (the cast alone turns an overflow into NaN or infinity). FP4 is e2m1: 0, 0.5, 1,
+1.5, 2, 3, 4, 6. The scales of MX formats (OCP Microscaling Formats 1.0) are powers of two, those of NVFP4 are e4m3
+numbers over one float32 number for the whole tensor. Their rules are those of the compressed-tensors library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .spec import Grid, QuantSpec
+
+LARGEST: dict[str, float] = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
+"""The largest value of each float grid."""
+
+_EMAX = {"e4m3": 8, "e5m2": 15, "e2m1": 2}  # floor(log2(LARGEST))
+_CASTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_BIAS = 127  # the exponents of E8M0 are -127 ... 127
+
+
+def nearest(values: Tensor, grid: Grid) -> Tensor:
+    """The nearest value of a float grid, in float32; ties go to the even mantissa, what is too large saturates.
+
+    Args:
+        values: any shape and float dtype.
+        grid: one of ``LARGEST``.
+    """
+    largest = LARGEST[grid]
+    clamped = values.float().clamp(-largest, largest)
+    if grid in _CASTS:
+        return clamped.to(_CASTS[grid]).float()
+    magnitude = clamped.abs()
+    # Neighbours are 0.5 apart below 2, 1 below 4, then 2. Half of an even number of steps is rounded to even.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return torch.copysign((magnitude / step).round_() * step, clamped)
+
+
+def scale_of(magnitude: Tensor, spec: QuantSpec) -> Tensor:
+    """The scale that maps the largest magnitude of a group to the end of its float grid, in float32, not yet rounded.
+
+    MX scales are powers of two already: ``2^(floor(log2 m) - emax)``, and the next power where ``m`` is beyond
+    ``1.75 * 2^floor(log2 m)``, so that e2m1 doesn't cut the upper end (compressed-tensors' ``generate_mx_scales``; the
+    OCP specification, section 6.3, leaves that step out).
+    """
+    if not spec.is_mx:
+        return magnitude.float() / LARGEST[spec.grid]
+    mantissa, exponent = torch.frexp(magnitude.float())  # m = mantissa * 2^exponent, mantissa in [0.5, 1)
+    power = exponent - 1 + (mantissa >= 0.875).int() - _EMAX[spec.grid]
+    scale = torch.exp2(power.clamp(-_BIAS, _BIAS).float())
+    return torch.where(magnitude == 0, torch.ones_like(scale), scale)
+
+
+def global_scale_of(magnitude: float) -> float:
+    """NVFP4's global scale of a tensor with the largest magnitude ``magnitude``: ``448 * 6 / magnitude`` in float32.
+
+    All group scales are multiplied by it before they are rounded to e4m3, and divided by it when they are used: the
+    largest becomes 448.
+    """
+    largest = torch.tensor(magnitude, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = float(LARGEST["e4m3"] * LARGEST["e2m1"] / largest)
+    return scale if scale < float("inf") else 1.0
+
+
+def bind_global_scale(spec: QuantSpec, weights: Sequence[Tensor]) -> QuantSpec:
+    """An NVFP4 spec with the global scale of these tensors together; any other spec as it is.
+
+    Linears that a backend fuses (q, k and v; gate and up) are to share one.
+    """
+    if not spec.is_nvfp4:
+        return spec
+    return replace(spec, global_scale=global_scale_of(max(float(weight.abs().max()) for weight in weights)))

@@ -1,0 +1,106 @@
+"""From the sections ``quant.weight`` and ``quant.act`` to the grids of weights and activations."""
+
+from __future__ import annotations
+
+import torch
+
+from .config.schema import ActConfig, QuantConfig, TensorConfig, WeightConfig
+from .quant import (
+    ActSpec,
+    Granularity,
+    Grid,
+    HistogramMse,
+    MinMax,
+    MovingMinMax,
+    Mse,
+    Observer,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    StaticMinMax,
+)
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_GRIDS: dict[int | str, Grid] = {
+    "e4m3": "e4m3",
+    "e5m2": "e5m2",
+    "e2m1": "e2m1",
+    "mxfp4": "e2m1",
+    "mxfp8": "e4m3",
+    "nvfp4": "e2m1",
+}
+_MICRO_SCALES = {"mxfp4": torch.float8_e8m0fnu, "mxfp8": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
+
+
+def weight_spec(weight: WeightConfig, act: ActConfig | None, stored: torch.dtype) -> QuantSpec:
+    """The grid of the weights.
+
+    Without another wish, the scales of weights that are multiplied as integers or as FP8 are float32, as vLLM has them;
+    those of packed, weight-only integers have the checkpoint's 16-bit dtype.
+    """
+    packed = weight.quant_type == "int-quant" and act is None
+    automatic = torch.float32
+    if packed:
+        automatic = stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+    ranges = Mse(weight.maxshrink, weight.mse_grid) if weight.calib_algo == "mse" else MinMax()
+    scale_dtype = _MICRO_SCALES.get(str(weight.bit)) or SCALE_DTYPES.get(weight.scale_dtype, automatic)
+    granularity = _granularity(weight)
+    if isinstance(weight.bit, str):
+        return QuantSpec.floating(_GRIDS[weight.bit], granularity, scale_dtype, ranges)
+    return QuantSpec(weight.bit, weight.symmetric, granularity, weight.sym_mode, ranges, scale_dtype)
+
+
+def act_spec(act: ActConfig) -> ActSpec:
+    """The grid of the activations. Its scales are float32, and 127 is the largest symmetric code, as in vLLM."""
+    if isinstance(act.bit, str):
+        scale_dtype = _MICRO_SCALES.get(act.bit, torch.float32)
+        grid = QuantSpec.floating(_GRIDS[act.bit], _granularity(act), scale_dtype)
+    else:
+        grid = QuantSpec(act.bit, act.symmetric, _granularity(act))
+    return ActSpec(grid, _observer(act) if act.static or grid.is_nvfp4 else None)
+
+
+def _granularity(tensor: TensorConfig) -> Granularity:
+    shared = tensor.granularity
+    if shared == "per_group":
+        return PerGroup(int(tensor.group_size or 0))
+    if isinstance(tensor, WeightConfig) and shared == "per_block":
+        return PerBlock(int(tensor.block_size or 0))
+    kinds: dict[str, Granularity] = {"per_tensor": PerTensor(), "per_channel": PerChannel(), "per_token": PerToken()}
+    return kinds[shared]
+
+
+def _observer(act: ActConfig) -> Observer:
+    if act.calib_algo == "static_hist":
+        return HistogramMse(act.bins)
+    return MovingMinMax() if act.calib_algo == "static_moving_minmax" else StaticMinMax()
+
+
+def unavailable(quant: QuantConfig) -> list[str]:
+    """Keys of weight and activations that the schema knows and this version doesn't do."""
+    weight, act, missing = quant.weight, quant.act, []
+    if weight is not None:
+        missing += _unavailable("quant.weight", weight, ("per_tensor", "per_channel", "per_group", "per_block"))
+        if weight.calib_algo not in ("minmax", "mse"):
+            missing.append(f"quant.weight.calib_algo: {weight.calib_algo}")
+    if act is not None:
+        missing += _unavailable("quant.act", act, ("per_tensor", "per_token", "per_group"))
+        further = {"quant_attn": act.quant_attn, "quant_softmax": act.quant_softmax, "quant_act_fn": act.quant_act_fn}
+        missing += [f"quant.act.{key}" for key, asked in further.items() if asked]
+    return missing
+
+
+def _unavailable(key: str, tensor: TensorConfig, granularities: tuple[str, ...]) -> list[str]:
+    floating = isinstance(tensor.bit, str)
+    missing = []
+    if tensor.bit not in _GRIDS and (floating or int(tensor.bit) > 8):
+        missing.append(f"{key}.bit: {tensor.bit}")
+    if tensor.granularity not in granularities:
+        missing.append(f"{key}.granularity: {tensor.granularity}")
+    missing += [f"{key}.int_range"] if tensor.int_range is not None else []
+    missing += [f"{key}.float_range"] if tensor.float_range is not None else []
+    missing += [f"{key}.round_zp: False"] if not tensor.round_zp else []
+    return missing
