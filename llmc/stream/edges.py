@@ -50,11 +50,14 @@ class Edges:
     def by_state(
         self, original: dict[str, Tensor], changed: dict[str, Tensor], streams: Iterable[str]
     ) -> list[tuple[dict[str, Tensor], list[str]]]:
-        """Which weights go with which streams: only the evaluation of the original keeps the original's."""
+        """Which weights go with which streams: only the evaluation of the original keeps the original's.
+
+        The changed ones are there also without a stream: loading them shows whether their shapes fit.
+        """
         names = list(streams)
         first = [name for name in names if self.change and name == "eval.pretrain"]
         rest = [name for name in names if name not in first]
-        return [(weights, chosen) for weights, chosen in ((original, first), (changed, rest)) if chosen]
+        return [*([(original, first)] if first else []), (changed, rest)]
 
     def hidden(self, hidden: Tensor) -> Tensor:
         """The changed model's hidden state, float32, given the original's between two blocks, both on the CPU."""

@@ -340,6 +340,8 @@ class Engine:
         check_finite(raw)
         changed = self._edges.head(raw, embedding)
         self._write_through(HEAD, changed)
+        if not self._evaluation.positions:
+            return
         streams = [f"eval.{position}" for position in sorted(self._evaluation.positions)]
         for weights, names in self._edges.by_state(raw, changed, streams):
             tied = embedding if weights is raw else {}
