@@ -9,10 +9,12 @@ from torch import Tensor
 
 from .algorithms import Ignored, Recipe, make_recipe
 from .config import Config
+from .config.schema import EvalConfig
 from .data import CalibrationSpec, EvaluationSpec
 from .errors import ConfigError
 from .export import EXPORTERS, Exporter
-from .quant import Granularity, MinMax, Mse, PerChannel, PerGroup, PerTensor, QuantSpec
+from .quant import Granularity, KvSpec, MinMax, Mse, PerChannel, PerGroup, PerTensor, QuantSpec
+from .translate_kv import unavailable_cache
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -26,20 +28,20 @@ def refuse_unavailable(config: Config) -> None:
     quant, missing = config.quant, []
     if quant is not None:
         missing += ["quant.act"] if quant.act is not None else []
-        missing += ["quant.kvcache"] if quant.kvcache is not None else []
+        missing += unavailable_cache(quant.kvcache)
         missing += ["quant.mix_bits"] if quant.mix_bits else []
         missing += ["quant.token_reduction"] if quant.token_reduction else []
         missing += _unavailable_weight(quant.weight)
     missing += ["sparse"] if config.sparse is not None else []
     missing += ["opencompass"] if config.opencompass is not None else []
-    missing += [f"eval type '{one.type}'" for one in config.eval if one.type != "ppl"]
+    missing += [f"eval type '{one.type}'" for one in config.eval if one.type not in ("ppl", "decode_ppl")]
     available = {exporter.name for exporter in EXPORTERS}
     asked = [name for name, value in config.save if value is True]
     missing += [f"save.{name}" for name in asked if name not in available]
     if missing:
         raise ConfigError(
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
-            "available are weight-only integer quantization (2 to 8 bits), perplexity, "
+            "available are integer weights (2 to 8 bits), the KV cache, perplexity by prefill and by decoding, "
             f"and {', '.join(sorted(available))}; remove the rest",
         )
 
@@ -101,7 +103,7 @@ def make_spec(config: Config, stored: torch.dtype) -> QuantSpec | None:
     )
 
 
-def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
+def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) -> Recipe:
     """The steps of the run; none for a mere evaluation."""
     if config.quant is None:
         return Recipe((), None)
@@ -111,7 +113,7 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
         full_names=frozenset(config.ignored_layers.special_names),
     )
     quant = config.quant
-    recipe = make_recipe(quant.method, quant.options, spec, ignored, quant_out=quant.quant_out)
+    recipe = make_recipe(quant.method, quant.options, spec, ignored, quant_out=quant.quant_out, kv=kv)
     if recipe.needs_data and config.calib is None:
         names = [step.algorithm.name for step in recipe.steps if step.needs.data]
         raise ConfigError(
@@ -121,14 +123,14 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
     return recipe
 
 
-def make_exporters(config: Config, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> list[Exporter]:
+def make_exporters(config: Config, recipe: Recipe, stored: torch.dtype, compute: torch.dtype) -> list[Exporter]:
     """The formats that the file asks for."""
     asked = {name for name, value in config.save if value is True}
     if asked and config.quant is None:
         raise ConfigError(
             "save: there is nothing to save without a section 'quant'", "add quant, or remove the save_* keys"
         )
-    return [kind(spec, stored, compute) for kind in EXPORTERS if kind.name in asked]
+    return [kind(recipe.spec, stored, compute, recipe.kv) for kind in EXPORTERS if kind.name in asked]
 
 
 def calibration_spec(config: Config) -> CalibrationSpec | None:
@@ -149,19 +151,13 @@ def calibration_spec(config: Config) -> CalibrationSpec | None:
     )
 
 
-def evaluation_specs(config: Config) -> list[tuple[EvaluationSpec, tuple[str, ...], int]]:
-    """What to evaluate on, at which positions, and the batch size; entries without positions are dropped."""
-    return [
-        (
-            EvaluationSpec(
-                one.name, one.path, one.download, one.seq_len or 0, one.num_chunks, one.protocol, one.text_field
-            ),
-            tuple(one.eval_pos),
-            one.bs,
-        )
-        for one in config.eval
-        if one.eval_pos
-    ]
+def evaluation_spec(one: EvalConfig) -> EvaluationSpec:
+    """Which windows an evaluation is done on. ``num_samples`` and ``num_eval_tokens`` belong to ``decode_ppl``."""
+    decodes = one.type == "decode_ppl"
+    limits = [limit for limit in (one.num_chunks, one.num_samples if decodes else None) if limit is not None]
+    length = one.seq_len or (one.num_eval_tokens if decodes else None) or 0
+    chunks, first = min(limits, default=None), one.num_eval_tokens if decodes else None
+    return EvaluationSpec(one.name, one.path, one.download, length, chunks, one.protocol, one.text_field, first)
 
 
 def batched(samples: Sequence[Tensor], size: int) -> list[Tensor]:

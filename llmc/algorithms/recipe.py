@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import QuantSpec
+from ..quant import KvSpec, QuantSpec
 from .base import Algorithm, Needs
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
@@ -53,11 +53,13 @@ class Recipe:
         steps: in order.
         spec: the grid of every quantized Linear; None when nothing is quantized.
         ignored: Linears that keep their weights.
+        kv: how the KV cache of the compressed model is quantized; None if it isn't.
     """
 
     steps: tuple[Step, ...]
     spec: QuantSpec | None
     ignored: Ignored = field(default_factory=Ignored)
+    kv: KvSpec | None = None
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
@@ -65,13 +67,18 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any step wants calibration tokens."""
-        return any(step.needs.data for step in self.steps)
+        """Whether any step, or a static KV cache, wants calibration tokens."""
+        return self.calibrates_cache or any(step.needs.data for step in self.steps)
+
+    @property
+    def calibrates_cache(self) -> bool:
+        """Whether the ranges of the KV cache come from calibration text."""
+        return self.kv is not None and self.kv.static
 
     @property
     def compressed_stream(self) -> bool:
-        """Whether any step is calibrated on the compressed model's activations."""
-        return any(step.needs.data and step.needs.compressed_stream for step in self.steps)
+        """Whether any step is calibrated on the compressed model's activations, as the KV cache is."""
+        return self.calibrates_cache or any(step.needs.data and step.needs.compressed_stream for step in self.steps)
 
     @property
     def original_stream(self) -> bool:
@@ -86,11 +93,13 @@ def make_recipe(
     ignored: Ignored,
     *,
     quant_out: bool | None,
+    kv: KvSpec | None = None,
 ) -> Recipe:
     """Order the methods, add RTN where no quantizer is named, and check that the order makes sense.
 
     Raises:
-        ConfigError: two weight quantizers, a transform behind the quantizer, or a method named twice.
+        ConfigError: two weight quantizers, a transform behind the quantizer, a method named twice, or no grid for the
+            weights, unless there is one for the KV cache and no method minds.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -113,8 +122,14 @@ def make_recipe(
         raise ConfigError(
             f"quant.method: {quantizers[0]} must come last, since it rounds the weights", f"write {legal}"
         )
-    if spec is None:
+    needing = [a.name for a in chosen if not a.works_without_grid]
+    if spec is None and (kv is None or needing):
         raise ConfigError(
-            "quant.weight is missing: no grid for the weights", "add quant.weight.bit and its granularity"
+            "quant.weight is missing: no grid for the weights",
+            f"add quant.weight.bit and its granularity{_or_rtn(needing) if kv is not None else ''}",
         )
-    return Recipe(tuple(Step(a, a.needs(quant_out=quant_out)) for a in chosen), spec, ignored)
+    return Recipe(tuple(Step(a, a.needs(quant_out=quant_out)) for a in chosen), spec, ignored, kv)
+
+
+def _or_rtn(needing: Sequence[str]) -> str:
+    return f"; to quantize the KV cache alone, set quant.method to RTN instead of {', '.join(needing)}"

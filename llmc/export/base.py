@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..quant import QuantSpec, UnitRecord
+from ..quant import KvSpec, QuantSpec, UnitRecord
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp"}
 _OURS = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
@@ -45,6 +45,7 @@ class Exporter:
         spec: the grid of the quantized weights, or None.
         stored: the dtype of the original checkpoint's weights.
         compute: the dtype in which the model was evaluated.
+        kv: how the KV cache was quantized in the evaluation, or None.
     """
 
     name: ClassVar[str]
@@ -55,8 +56,10 @@ class Exporter:
     stores_group_index: ClassVar[bool] = True
     """Whether it can express groups that aren't runs of consecutive columns."""
 
-    def __init__(self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype) -> None:
-        self.spec, self.stored, self.compute = spec, stored, compute
+    def __init__(
+        self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype, kv: KvSpec | None = None
+    ) -> None:
+        self.spec, self.stored, self.compute, self.kv = spec, stored, compute, kv
 
     def check(self, layers: list[Layer]) -> list[str]:
         """Refuse what the backend can't load, before any weight is read.

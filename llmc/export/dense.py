@@ -21,8 +21,15 @@ class FakeQuant(Exporter):
     @property
     def dtype(self) -> torch.dtype:
         """That of the scales; with float32 scales, the computing dtype."""
-        scales = torch.float32 if self.spec is None else self.spec.scale_dtype
-        return self.compute if scales == torch.float32 else scales
+        if self.spec is None:
+            return self.stored
+        return self.compute if self.spec.scale_dtype == torch.float32 else self.spec.scale_dtype
+
+    def check(self, layers: list[Layer]) -> list[str]:
+        """Any scheme will do; but a folder of weights can't say what its KV cache is to be."""
+        if self.kv is None or self.transformed_only:
+            return []
+        return [f"{self.name} holds weights only: whoever loads it decides how the KV cache is quantized"]
 
     def nbytes(self, layer: Layer) -> int:
         """Quantized weights in ``dtype``; ignored ones as they were."""

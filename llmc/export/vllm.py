@@ -16,18 +16,20 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import PerGroup, PerTensor, QuantSpec, QWeight, UnitRecord
+from ..quant import Fp8Grid, KvSpec, PerGroup, PerTensor, QuantSpec, QWeight, UnitRecord
 from .base import Exporter, Layer
 
-_FORMAT = "pack-quantized"
+_FORMAT, _DENSE = "pack-quantized", "dense"
 _GROUPS = (32, 64, 128)
+_CACHE_PARTS = ("k_scale", "v_scale")
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_CACHE_SCHEME = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
 # Routers of mixtures of experts aren't Linears in Transformers, but vLLM would ask for their scales.
 _ROUTERS = (r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$")
 
 
 class VLLM(Exporter):
-    """Weight-only W4A16 and W8A16."""
+    """Weight-only W4A16 and W8A16, or weights as they are; and an FP8 KV cache with static scales."""
 
     name = "save_vllm"
     folder = "vllm_quant_model"
@@ -37,6 +39,10 @@ class VLLM(Exporter):
         """vLLM's kernels: 4 and 8 bits; groups of 32, 64, 128 or whole rows; zero points with 4 bits only."""
         if self.spec is not None:
             _check_spec(self.spec)
+        elif self.kv is None:
+            raise ExportError("save_vllm was asked for without anything quantized", "set quant.weight or quant.kvcache")
+        if self.kv is not None:
+            _check_cache(self.kv)
         by_name = {layer.name: layer for layer in layers}
         for layer in layers:
             differing = [name for name in layer.fused if by_name[name].spec != layer.spec]
@@ -75,7 +81,7 @@ class VLLM(Exporter):
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
         """``weight_packed``, ``weight_scale``, ``weight_shape`` and, if asymmetric, ``weight_zero_point`` of each."""
-        stored = dict(unit.plain)
+        stored = unit.plain | unit.cache
         for name, weight in unit.quantized.items():
             stored[f"{name}.weight_packed"] = pack_to_int32(weight.codes, weight.spec.bits)
             stored[f"{name}.weight_scale"] = weight.scale
@@ -87,8 +93,10 @@ class VLLM(Exporter):
     def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
         """Unpack the codes."""
         names = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
-        plain = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] not in _PARTS}
-        return UnitRecord(plain=plain, quantized={name: self._read_weight(tensors, name) for name in names})
+        cache = {name: tensor for name, tensor in tensors.items() if name.endswith(_CACHE_PARTS)}
+        others = {name: tensor for name, tensor in tensors.items() if name not in cache}
+        plain = {name: tensor for name, tensor in others.items() if name.rpartition(".")[2] not in _PARTS}
+        return UnitRecord(plain, {name: self._read_weight(tensors, name) for name in names}, cache)
 
     def _read_weight(self, tensors: Mapping[str, Tensor], name: str) -> QWeight:
         spec = self._need_spec()
@@ -111,11 +119,11 @@ class VLLM(Exporter):
         """The original's with a ``quantization_config``; ignored Linears by their exact names."""
         ignored = [layer.name for layer in layers if layer.spec is None]
         quantization = QuantizationConfig(
-            config_groups={"group_0": self._scheme()},
-            format=_FORMAT,
+            config_groups={} if self.spec is None else {"group_0": self._scheme()},
+            format=_DENSE if self.spec is None else _FORMAT,
             quantization_status="compressed",
-            ignore=["lm_head", *ignored, *_ROUTERS],
-            kv_cache_scheme=None,
+            ignore=[] if self.spec is None else ["lm_head", *ignored, *_ROUTERS],
+            kv_cache_scheme=None if self.kv is None else _CACHE_SCHEME,
         ).model_dump(mode="json")
         return {**original, "quantization_config": {**quantization, "quant_method": "compressed-tensors"}}
 
@@ -140,6 +148,16 @@ class VLLM(Exporter):
             dynamic=False,
         )
         return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=None, format=_FORMAT)
+
+
+def _check_cache(kv: KvSpec) -> None:
+    fp8 = isinstance(kv.grid, Fp8Grid) and kv.grid.dtype == torch.float8_e4m3fn
+    if not (fp8 and kv.static and kv.grid.scale_dtype == torch.float32):
+        raise ExportError(
+            f"vLLM has no KV cache such as quant.kvcache asks for ({kv.describe()}; save_vllm)",
+            "use method: Naive, bit: e4m3, symmetric: True, granularity: per_tensor, static: True; "
+            "or keep it for the evaluation and write save_fake",
+        )
 
 
 def _check_spec(spec: QuantSpec) -> None:

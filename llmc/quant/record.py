@@ -16,7 +16,10 @@ class UnitRecord:
     Attributes:
         plain: tensors under the checkpoint's own names, in their stored dtype.
         quantized: quantized weights by the checkpoint's name of their module (``model.layers.0.mlp.down_proj``).
+        cache: scales of a static KV cache, float32 ``[1]``, by name (``model.layers.0.self_attn.k_scale``). They lie
+            beside the weights: only formats whose backend quantizes the cache store them.
     """
 
     plain: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QWeight] = field(default_factory=dict)
+    cache: dict[str, Tensor] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from typing import Any
 from ..eval.perplexity import Perplexity
 
 SCHEMA = 1
+_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "cache_ranges")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def make_metrics(
     versions: Mapping[str, str],
     model: Mapping[str, Any],
     scheme: Mapping[str, Any] | None,
+    kv_scheme: Mapping[str, Any] | None,
     bits: float | None,
     perplexities: Sequence[Perplexity],
     outputs: Mapping[str, Mapping[str, Any]],
@@ -57,6 +59,7 @@ def make_metrics(
         "versions": dict(versions),
         "model": dict(model),
         "scheme": scheme,
+        "kv_scheme": kv_scheme,
         "bits_per_weight": bits,
         "evaluation": [one.to_dict() for one in perplexities],
         "outputs": {name: dict(output) for name, output in outputs.items()},
@@ -67,6 +70,9 @@ def make_metrics(
         "peak_host_bytes": measured.peak_host,
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
-        "blocks": [{key: row[key] for key in ("unit", "seconds", "error", "layers", "scales")} for row in blocks],
+        "blocks": [
+            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales", "cache_ranges")}
+            for row in blocks
+        ],
         "config": dict(config),
     }

@@ -8,7 +8,7 @@ cache would, in one of two ways that must agree: by masks over the whole window,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import ModelError
-from ..quant import CacheScheme, KvCache, KvRanges
+from ..quant import CacheScheme, KvCache, KvRanges, KvSpec
+from .stages import BlockRun
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 _functions: Any = AttentionInterface  # without annotations
@@ -165,17 +166,38 @@ class _Watcher:
         raise _Seen
 
 
-def cache_ranges(model: Any, forwards: list[Callable[[], Any]]) -> KvRanges:
-    """Ranges of the keys and values that ``forwards``, each of the same one block, put into attention.
+def attending_to_cache(
+    model: Any, kv: KvSpec | None, ranges: KvRanges | None, *, decode: bool
+) -> AbstractContextManager[None]:
+    """The context in which the blocks of ``model`` attend to a cache.
+
+    Args:
+        model: a transformers model.
+        kv: the cache; None is one in full precision. So is a static one whose ranges aren't known yet: transforms run
+            before they are calibrated.
+        ranges: of the keys and values of the block that will be run.
+        decode: act it out token by token.
 
     Raises:
-        ModelError: a forward ends without attention.
+        ModelError: the model's attention can't be replaced.
+    """
+    scheme = None if kv is None or (kv.static and ranges is None) else kv.scheme(ranges)
+    if scheme is None and not decode:
+        return nullcontext()
+    return attending(model, CachedAttention(scheme, decode=decode))
+
+
+def cache_ranges(model: Any, run: BlockRun) -> KvRanges:
+    """Ranges of the keys and values that a block puts into attention, over all its inputs, in full precision.
+
+    Raises:
+        ModelError: the block has no attention.
     """
     watcher = _Watcher()
     with attending(model, watcher):
-        for forward in forwards:
+        for batch in range(len(run.inputs)):
             try:
-                forward()
+                run.forward(batch)
             except _Seen:
                 continue
             raise ModelError("a block has no attention, so no KV cache", "remove quant.kvcache")

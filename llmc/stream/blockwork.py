@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..algorithms import ClipRatios, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
-from ..quant import QWeight, UnitRecord
+from ..quant import KvRanges, KvSpec, QWeight, UnitRecord, static_qparams
 from .memory import trim_heap
 from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
 
@@ -42,6 +42,7 @@ class BlockWork:
         quantized: results by name in the block.
         notes: what the report says, by name in the block.
         scales: largest and smallest folded input scale of each subset.
+        ranges: of the block's keys and values, for a static KV cache.
     """
 
     context: WorkContext
@@ -53,6 +54,7 @@ class BlockWork:
     notes: dict[str, LayerNote] = field(default_factory=dict)
     clips: dict[str, ClipRatios] = field(default_factory=dict)
     scales: dict[str, list[float]] = field(default_factory=dict)
+    ranges: KvRanges | None = None
     _pending: list[Tensor] | None = None
 
     def transform(self, original: BlockRun | None, compressed: BlockRun | None) -> None:
@@ -113,7 +115,8 @@ class BlockWork:
         else:
             searching = step.algorithm.kind == "transform"
             stages = [self._stage(subset, step, searching=searching) for subset in self.context.subsets]
-            self._runner(step, searching)(run, stages, solve, keep=keep)
+            with run.attention():
+                self._runner(step, searching)(run, stages, solve, keep=keep)
         for view in views:
             self._fold(view)
 
@@ -194,7 +197,20 @@ class BlockWork:
                 stored_name, dtype = self.stored[name]
                 plain[stored_name] = parameter.data.to(dtype).cpu()
         named = {self.stored[name][0].removesuffix(".weight"): weight.to("cpu") for name, weight in codes.items()}
-        return UnitRecord(plain=plain, quantized=named)
+        return UnitRecord(plain=plain, quantized=named, cache=self._cache_scales() if quantized else {})
+
+    def _cache_scales(self) -> dict[str, Tensor]:
+        """Those of a static KV cache, under the checkpoint's name of the attention module."""
+        kv = self.context.recipe.kv
+        if kv is None or self.ranges is None:
+            return {}
+        attention = self._stored_name(next(s.linears[0] for s in self.context.subsets if s.reads == "heads"))
+        limits = {"k_scale": self.ranges.key, "v_scale": self.ranges.value}
+        return {f"{attention}.{name}": _scale(kv, ends) for name, ends in limits.items()}
+
+    def _stored_name(self, linear: str) -> str:
+        """The checkpoint's name of the module that holds a Linear."""
+        return self.stored[f"{self.prefix}.{linear}.weight"][0].rpartition(".")[0].rpartition(".")[0]
 
     def set_weights(self, record: UnitRecord) -> None:
         """Give the block the weights of a record that was read back."""
@@ -216,3 +232,7 @@ class BlockWork:
         finally:
             for parameter, data in kept:
                 parameter.data = data
+
+
+def _scale(kv: KvSpec, ends: tuple[float, float]) -> Tensor:
+    return static_qparams(kv.grid, ends)[0].reshape(1)

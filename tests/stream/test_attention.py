@@ -105,7 +105,7 @@ def test_coarse_codes_show_in_what_a_long_window_attends_to(window):
     assert change[9:].min() > 1e-3
 
 
-# --- registered with Transformers --------------------------------------------------------------------------------------
+# --- registered with Transformers ------------------------------------------------------------------------------------
 
 
 def test_every_familys_attention_goes_through_a_registered_function(tiny, tokens):
@@ -163,6 +163,15 @@ def test_a_model_with_an_attention_of_its_own_is_refused(llama, monkeypatch):
         check_attention(model)
 
 
+class Forwards(list):
+    """Stands in for a block with its inputs."""
+
+    inputs = property(lambda self: self)
+
+    def forward(self, batch):
+        return self[batch]()
+
+
 def test_ranges_are_those_of_rotated_keys_and_of_values(llama, tokens):
     model, seen = llama.model(), []
 
@@ -176,11 +185,10 @@ def test_ranges_are_those_of_rotated_keys_and_of_values(llama, tokens):
         for ids in batches:
             model(input_ids=ids, use_cache=False)
     keys, values = (torch.cat([state.flatten() for state in states]) for states in zip(*seen, strict=True))
-    forwards = [lambda ids=ids: model(input_ids=ids, use_cache=False) for ids in batches]
-    found = cache_ranges(model, forwards)
+    found = cache_ranges(model, Forwards([lambda ids=ids: model(input_ids=ids, use_cache=False) for ids in batches]))
     assert found == KvRanges((keys.min().item(), keys.max().item()), (values.min().item(), values.max().item()))
 
 
 def test_ranges_of_what_has_no_attention(llama):
     with pytest.raises(ModelError, match="no attention"):
-        cache_ranges(llama.model(), [lambda: None])
+        cache_ranges(llama.model(), Forwards([lambda: None]))
