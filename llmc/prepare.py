@@ -19,13 +19,15 @@ from .export import Exporter, Layer
 from .models import ModelAdapter, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
+from .quant import KvSpec
+from .stream.attention import check_attention
 from .stream.headers import TensorEntry, read_headers
 from .stream.skeleton import Skeleton
 from .stream.skeleton import load_config as load_model_config
 from .translate import (
     batched,
     calibration_spec,
-    evaluation_specs,
+    evaluation_spec,
     make_compute_dtype,
     make_device,
     make_exporters,
@@ -33,6 +35,7 @@ from .translate import (
     make_spec,
     refuse_unavailable,
 )
+from .translate_kv import make_kv
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Evaluation:
 
     Attributes:
         name: as the configuration calls it.
+        kind: ``ppl``, or ``decode_ppl``, token by token with a KV cache.
         positions: the states of the model, as the configuration calls them.
         windows: the tokens.
         batches: the same in batches.
     """
 
     name: str
+    kind: str
     positions: tuple[str, ...]
     windows: EvaluationWindows
     batches: list[Tensor]
@@ -108,7 +113,10 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         device=device,
         trust_remote_code=trust,
     )
-    recipe = make_recipe_of(config, make_spec(config, stored))
+    heads = heads_of(model_config.get_text_config())
+    recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
+    if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
+        check_attention(skeleton.model)
     frame = _frame(recipe, adapter, model_config.get_text_config())
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
@@ -126,8 +134,8 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         layers,
         exporters,
         calib_tokens=sum(batch.numel() for batch in calib),
-        eval_tokens=sum(batch.numel() for one in evaluations for batch in one.batches),
-        streams=(recipe.original_stream + recipe.compressed_stream, len(positions_of(evaluations))),
+        eval_tokens=sum(_stream_tokens(evaluations, recipe.kv, kind) for kind in ("ppl", "decode_ppl")),
+        streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
     )
@@ -181,10 +189,18 @@ def _texts(config: Config, tokenizer: Any, *, calibrate: bool) -> tuple[list[Ten
     if spec is not None and config.calib is not None and calibrate:
         calib = batched(calibration_samples(spec, tokenizer), config.calib.bs)
     evaluations = []
-    for text, positions, size in evaluation_specs(config):
-        windows = evaluation_windows(text, tokenizer)
-        evaluations.append(Evaluation(text.name, positions, windows, batched(list(windows.tokens), size)))
+    for one in config.eval:
+        if one.eval_pos:
+            windows = evaluation_windows(evaluation_spec(one), tokenizer)
+            batches = batched(list(windows.tokens), one.bs)
+            evaluations.append(Evaluation(one.name, one.type, tuple(one.eval_pos), windows, batches))
     return calib, evaluations
+
+
+def _stream_tokens(evaluations: Sequence[Evaluation], kv: KvSpec | None, kind: str) -> int:
+    """Tokens of all evaluation streams of a kind: every state of the model is run on the text of every evaluation."""
+    found = [one for one in evaluations if one.kind == kind]
+    return len(positions_of(found, kv)) * sum(batch.numel() for one in found for batch in one.batches)
 
 
 def load_tokenizer(folder: Path, *, fast: bool, trust_remote_code: bool) -> Any:
@@ -209,11 +225,11 @@ def _check_tokens(folder: Path, known: int, calib: Sequence[Tensor], evaluations
         )
 
 
-def positions_of(evaluations: Sequence[Evaluation]) -> frozenset[str]:
-    """States of the model that some evaluation wants; without a quantized KV cache, with and without it are one."""
-    return frozenset(state_of(position) for one in evaluations for position in one.positions)
+def positions_of(evaluations: Sequence[Evaluation], kv: KvSpec | None) -> frozenset[str]:
+    """States of the model that some evaluation wants."""
+    return frozenset(state_of(position, kv) for one in evaluations for position in one.positions)
 
 
-def state_of(position: str) -> str:
-    """The state of the model that a position of the configuration means."""
-    return "fake_quant" if position == "fake_quant_wo_kv" else position
+def state_of(position: str, kv: KvSpec | None) -> str:
+    """The state of the model that a position means; unless the KV cache is quantized, with and without it are one."""
+    return "fake_quant" if position == "fake_quant_wo_kv" and kv is None else position

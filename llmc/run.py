@@ -122,7 +122,8 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         budget = prepared.config.base.host_memory_gb
         store = ActivationStore(workspace.state, None if budget is None else int(budget * 2**30))
         outcome = _engine(prepared, source, sinks, transformed, store, journal, listener).run()
-        perplexities = _perplexities(prepared, outcome.losses)
+        perplexities = _perplexities(prepared, "ppl", outcome.losses)
+        perplexities += _perplexities(prepared, "decode_ppl", outcome.decoded)
         outputs = _finish_outputs(prepared, workspace, [*sinks, *([transformed] if transformed else [])], journal)
         measured = Measured(
             seconds=time.perf_counter() - started,
@@ -145,6 +146,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
             sparsity=None if prepared.recipe.sparsity is None else asdict(prepared.recipe.sparsity),
             activations=None if prepared.recipe.act is None else prepared.recipe.act.to_dict(),
+            kv_scheme=_kv_scheme(prepared),
             bits=bits_per_weight(prepared.layers),
             perplexities=perplexities,
             outputs=outputs,
@@ -199,7 +201,7 @@ def _sinks(prepared: Prepared, workspace: Workspace, *, keep_records: bool) -> t
     compute = prepared.skeleton.model.dtype
     if keep_records and not sinks:
         sinks = [sink(FakeQuant(prepared.recipe.spec, prepared.stored, compute), workspace.state / "compressed")]
-    if keep_records and not transformed and "transformed" in positions_of(prepared.evaluations):
+    if keep_records and not transformed and "transformed" in positions_of(prepared.evaluations, prepared.recipe.kv):
         transformed = [
             sink(Transformed(prepared.recipe.spec, prepared.stored, compute), workspace.state / "transformed")
         ]
@@ -228,9 +230,8 @@ def _engine(
         subsets=adapter.subsets(config),
         heads=heads_of(config),
         calib=Batches(prepared.calib),
-        evaluation=Batches(
-            [b for one in prepared.evaluations for b in one.batches], positions_of(prepared.evaluations)
-        ),
+        evaluation=_evaluation_batches(prepared, "ppl"),
+        decoding=_evaluation_batches(prepared, "decode_ppl"),
         sinks=sinks,
         transformed=transformed,
         store=store,
@@ -240,6 +241,20 @@ def _engine(
         listener=listener,
         frame=prepared.frame,
     )
+
+
+def _evaluation_batches(prepared: Prepared, kind: str) -> Batches:
+    found = [one for one in prepared.evaluations if one.kind == kind]
+    return Batches([batch for one in found for batch in one.batches], positions_of(found, prepared.recipe.kv))
+
+
+def _kv_scheme(prepared: Prepared) -> dict[str, Any] | None:
+    """The KV cache's grid with the bits that an element takes in it, scales included."""
+    kv = prepared.recipe.kv
+    if kv is None:
+        return None
+    heads = heads_of(prepared.skeleton.model.config.get_text_config())
+    return kv.to_dict() | {"bits_per_element": kv.bits_an_element(heads.kv, heads.dim)}
 
 
 def _forward(prepared: Prepared) -> Any:
@@ -254,16 +269,17 @@ def _forward(prepared: Prepared) -> Any:
     return "staged" if prepared.estimate.held <= free // 2 else "replay"
 
 
-def _perplexities(prepared: Prepared, losses: Mapping[str, list[Tensor]]) -> list[Perplexity]:
+def _perplexities(prepared: Prepared, kind: str, losses: Mapping[str, list[Tensor]]) -> list[Perplexity]:
     found, start = [], 0
-    for one in prepared.evaluations:
+    for one in (one for one in prepared.evaluations if one.kind == kind):
         stop = start + len(one.batches)
         for position in one.positions:
-            windows = mean_losses(losses[state_of(position)][start:stop])
+            windows = mean_losses(losses[state_of(position, prepared.recipe.kv)][start:stop])
             count, length = one.windows.tokens.shape
             text = one.windows
             value = perplexity(windows)
-            found.append(Perplexity(one.name, position, value, count, length, text.protocol, text.sha256, windows))
+            measured = Perplexity(one.name, position, value, count, length, text.protocol, text.sha256, windows, kind)
+            found.append(measured)
         start = stop
     return found
 

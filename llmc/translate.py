@@ -9,11 +9,13 @@ from torch import Tensor
 
 from .algorithms import ALGORITHMS, Ignored, Recipe, make_recipe
 from .config import Config
+from .config.schema import EvalConfig
 from .data import CalibrationSpec, EvaluationSpec
 from .errors import ConfigError
 from .export import EXPORTERS, Exporter
-from .quant import QuantSpec, Sparsity
+from .quant import KvSpec, QuantSpec, Sparsity
 from .schemes import SCALE_DTYPES, act_spec, unavailable, weight_spec
+from .translate_kv import unavailable_cache
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS}
 
@@ -26,7 +28,7 @@ def refuse_unavailable(config: Config) -> None:
     """
     quant, missing = config.quant, []
     if quant is not None:
-        missing += ["quant.kvcache"] if quant.kvcache is not None else []
+        missing += unavailable_cache(quant.kvcache)
         missing += ["quant.mix_bits"] if quant.mix_bits else []
         missing += ["quant.token_reduction"] if quant.token_reduction else []
         missing += unavailable(quant)
@@ -35,15 +37,16 @@ def refuse_unavailable(config: Config) -> None:
         missing += [] if known else [f"sparse.method: {config.sparse.method}"]
         missing += ["sparse.kvcache"] if config.sparse.kvcache is not None else []
     missing += ["opencompass"] if config.opencompass is not None else []
-    missing += [f"eval type '{one.type}'" for one in config.eval if one.type != "ppl"]
+    missing += [f"eval type '{one.type}'" for one in config.eval if one.type not in ("ppl", "decode_ppl")]
     available = {exporter.name for exporter in EXPORTERS}
     asked = [name for name, value in config.save if value is True]
     missing += [f"save.{name}" for name in asked if name not in available]
     if missing:
+        pruners = ", ".join(name for name, kind in _KINDS.items() if kind == "pruner")
         raise ConfigError(
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
-            "available are weights and activations of 2 to 8 bits or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4, pruning by "
-            f"{', '.join(name for name, kind in _KINDS.items() if kind == 'pruner')}, perplexity, "
+            "available are weights and activations of 2 to 8 bits or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4, "
+            f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, "
             f"and {', '.join(sorted(available))}; remove the rest",
         )
 
@@ -74,7 +77,7 @@ def make_spec(config: Config, stored: torch.dtype) -> QuantSpec | None:
     return weight_spec(config.quant.weight, config.quant.act, stored)
 
 
-def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
+def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) -> Recipe:
     """The steps of the run; none for a mere evaluation."""
     quant, sparse = config.quant, config.sparse
     if quant is None and sparse is None:
@@ -95,6 +98,7 @@ def make_recipe_of(config: Config, spec: QuantSpec | None) -> Recipe:
         sparsity=make_sparsity(config),
         sparsity_out=sparse.sparsity_out if sparse else None,
         act=act,
+        kv=kv,
     )
     if recipe.needs_data and config.calib is None:
         asking = [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
@@ -141,7 +145,7 @@ def make_exporters(config: Config, recipe: Recipe, stored: torch.dtype, compute:
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    return [kind(recipe.spec, stored, compute, recipe.act) for kind in EXPORTERS if kind.name in asked]
+    return [kind(recipe.spec, stored, compute, recipe.act, recipe.kv) for kind in EXPORTERS if kind.name in asked]
 
 
 def calibration_spec(config: Config) -> CalibrationSpec | None:
@@ -162,19 +166,13 @@ def calibration_spec(config: Config) -> CalibrationSpec | None:
     )
 
 
-def evaluation_specs(config: Config) -> list[tuple[EvaluationSpec, tuple[str, ...], int]]:
-    """What to evaluate on, at which positions, and the batch size; entries without positions are dropped."""
-    return [
-        (
-            EvaluationSpec(
-                one.name, one.path, one.download, one.seq_len or 0, one.num_chunks, one.protocol, one.text_field
-            ),
-            tuple(one.eval_pos),
-            one.bs,
-        )
-        for one in config.eval
-        if one.eval_pos
-    ]
+def evaluation_spec(one: EvalConfig) -> EvaluationSpec:
+    """Which windows an evaluation is done on. ``num_samples`` and ``num_eval_tokens`` belong to ``decode_ppl``."""
+    decodes = one.type == "decode_ppl"
+    limits = [limit for limit in (one.num_chunks, one.num_samples if decodes else None) if limit is not None]
+    length = one.seq_len or (one.num_eval_tokens if decodes else None) or 0
+    chunks, first = min(limits, default=None), one.num_eval_tokens if decodes else None
+    return EvaluationSpec(one.name, one.path, one.download, length, chunks, one.protocol, one.text_field, first)
 
 
 def batched(samples: Sequence[Tensor], size: int) -> list[Tensor]:

@@ -47,7 +47,7 @@ def text(tmp_path_factory):
 
 
 def small(section, text):
-    """Overrides that replace a section's text by a little local one."""
+    """Overrides that replace the text of a section, such as calib or eval.0, by a little local one."""
     values = {"name": "text", "path": text, "download": False, "seq_len": 32}
     values |= {"n_samples": 2, "preproc": "sequential"} if section == "calib" else {"num_chunks": 2}
     return [f"{section}.{key}={value}" for key, value in values.items()]
@@ -62,15 +62,19 @@ def test_a_config_parses_without_a_warning_and_its_dry_run_works(file, model, te
     assert load_config(file, methods=options_types()).warnings == ()
     sections = yaml.safe_load(file.read_text())
     overrides = [f"model.path={model}", f"save.save_path={tmp_path / 'out'}", "base.device=cpu"]
-    for section in ("calib", "eval"):
-        overrides += small(section, text) if section in sections else []
+    listed = isinstance(sections["eval"], list)
+    evals = [f"eval.{index}" for index in range(len(sections["eval"]))] if listed else ["eval"]
+    for section in ["calib"] * ("calib" in sections) + evals:
+        overrides += small(section, text)
+    overrides += [f"{section}.num_eval_tokens=16" for section in evals if listed]
     prepared = prepare(load_config(file, overrides, options_types()))
-    assert {layer.spec is not None for layer in prepared.layers} == {"quant" in sections}
+    assert {layer.spec is not None for layer in prepared.layers} == {"weight" in sections.get("quant", {})}
     assert {layer.sparsity is not None for layer in prepared.layers} == {"sparse" in sections}
+    assert (prepared.recipe.kv is not None) == ("kvcache" in sections.get("quant", {}))
     assert len(prepared.layers) == 2 * 7
     assert {exporter.name for exporter in prepared.exporters} == {
         key for key, value in sections["save"].items() if value is True
     }
     assert bool(prepared.calib) == ("calib" in sections)
-    assert [one.positions for one in prepared.evaluations] == [("pretrain", "fake_quant")]
+    assert [one.positions for one in prepared.evaluations] == [("pretrain", "fake_quant")] * len(evals)
     assert not (tmp_path / "out").exists()

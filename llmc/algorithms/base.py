@@ -212,6 +212,9 @@ class Algorithm:
     statistics: ClassVar[frozenset[str]] = frozenset()
     """Names of the fields of ``Statistics`` that it reads."""
 
+    works_without_grid: ClassVar[bool] = False
+    """Whether it may be named in a run that leaves the weights as they are."""
+
     def needs(self, *, quant_out: bool | None) -> Needs:
         """What to ask of the engine, given ``quant_out`` (of a pruner: ``sparsity_out``); None: its own habit."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import ActSpec, QuantSpec, Sparsity
+from ..quant import ActSpec, KvSpec, QuantSpec, Sparsity
 from .base import Algorithm, Needs
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
@@ -61,6 +61,7 @@ class Recipe:
         seed: of every random choice.
         sparsity: how much of every Linear is pruned; None when nothing is.
         act: how the inputs of quantized Linears are quantized; None: they aren't.
+        kv: how the KV cache of the compressed model is quantized; None if it isn't.
     """
 
     steps: tuple[Step, ...]
@@ -69,6 +70,7 @@ class Recipe:
     seed: int = 0
     sparsity: Sparsity | None = None
     act: ActSpec | None = None
+    kv: KvSpec | None = None
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
@@ -90,13 +92,18 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any step wants calibration tokens."""
-        return any(step.needs.data for step in self.steps)
+        """Whether any step, or a static KV cache, wants calibration tokens."""
+        return self.calibrates_cache or any(step.needs.data for step in self.steps)
+
+    @property
+    def calibrates_cache(self) -> bool:
+        """Whether the ranges of the KV cache come from calibration text."""
+        return self.kv is not None and self.kv.static
 
     @property
     def compressed_stream(self) -> bool:
-        """Whether any step is calibrated on the compressed model's activations."""
-        return any(step.needs.data and step.needs.compressed_stream for step in self.steps)
+        """Whether any step is calibrated on the compressed model's activations, as the KV cache is."""
+        return self.calibrates_cache or any(step.needs.data and step.needs.compressed_stream for step in self.steps)
 
     @property
     def original_stream(self) -> bool:
@@ -119,6 +126,7 @@ def make_recipe(
     sparsity: Sparsity | None = None,
     sparsity_out: bool | None = None,
     act: ActSpec | None = None,
+    kv: KvSpec | None = None,
 ) -> Recipe:
     """Order the methods, add RTN where a grid is given and no quantizer named, and check that the order makes sense.
 
@@ -133,7 +141,8 @@ def make_recipe(
 
     Raises:
         ConfigError: two pruners or weight quantizers, a method behind one that must come later, a method named twice, a
-            quantizer without a grid, a pruner without a sparsity.
+            pruner without a sparsity, or no grid for the weights, unless there is one for the KV cache and no method
+            minds.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -146,9 +155,11 @@ def make_recipe(
     kinds = [algorithm.kind for algorithm in chosen]
     if "quantizer" not in kinds and (spec is not None or kinds != ["pruner"]):
         chosen.append(RTN(RTNOptions()))
-    if spec is None and chosen[-1].kind == "quantizer":
+    needing = [a.name for a in chosen if not a.works_without_grid]
+    if spec is None and chosen[-1].kind == "quantizer" and (kv is None or needing):
         raise ConfigError(
-            "quant.weight is missing: no grid for the weights", "add quant.weight.bit and its granularity"
+            "quant.weight is missing: no grid for the weights",
+            f"add quant.weight.bit and its granularity{_or_rtn(needing) if kv is not None else ''}",
         )
     if sparsity is None and "pruner" in kinds:
         pruner = chosen[kinds.index("pruner")].name
@@ -159,7 +170,11 @@ def make_recipe(
         needs[-1] = range_needs(quant_out)
     steps = tuple(map(Step, chosen, needs))
     _check_loading(steps)
-    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act)
+    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv)
+
+
+def _or_rtn(needing: Sequence[str]) -> str:
+    return f"; to quantize the KV cache alone, set quant.method to RTN instead of {', '.join(needing)}"
 
 
 def range_needs(quant_out: bool | None) -> Needs:

@@ -22,6 +22,7 @@ class RTN(Algorithm):
     name = "RTN"
     kind = "quantizer"
     options_type: ClassVar[type[Options]] = RTNOptions
+    works_without_grid = True
 
     def __init__(self, options: RTNOptions) -> None:
         self.options = options

@@ -12,7 +12,8 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 from llmc.config import legacy
-from llmc.config.suggest import did_you_mean, refuse_if
+from llmc.config.rules import check_cache, check_evaluation
+from llmc.config.suggest import refuse_if
 
 
 class Section(BaseModel):
@@ -91,7 +92,7 @@ class EvalConfig(Section):
     text_field: str | None = Field(None, description="Field of jsonl or parquet rows with the text; None means text.")
     inference_per_block: bool = Field(False, description="Accepted from LLMC; evaluation always streams the blocks.")
     num_samples: int | None = Field(None, ge=1, description="Samples for decode_ppl.")
-    num_eval_tokens: int | None = Field(None, ge=1, description="Tokens of each sample for decode_ppl.")
+    num_eval_tokens: int | None = Field(None, ge=2, description="Tokens of each sample for decode_ppl; None: seq_len.")
     apply_chat_template: bool = Field(False, description="Wrap every sample in the model's chat template.")
     max_new_tokens: int = Field(32, ge=1, description="Tokens to generate for generate_only.")
     res_path: str | None = Field(None, description="Where evaluations of code write their answers.")
@@ -102,15 +103,7 @@ class EvalConfig(Section):
     statistics: bool = Field(False, description="Report statistics of vqa.")
     tasks: legacy.Names = Field((), description="Names of evaluation tasks.")
 
-    @model_validator(mode="after")
-    def _rules(self) -> Self:
-        reads_text = self.type in ("ppl", "token_acc", "decode_ppl")
-        wanted = f"is not one of {', '.join(legacy.TEXT_EVALS)}{did_you_mean(self.name, legacy.TEXT_EVALS)}"
-        refuse_if(reads_text and self.name not in legacy.TEXT_EVALS, "name", f"{self.name!r} {wanted}")
-        refuse_if(self.name == "text" and not self.path, "path", "missing; name 'text' reads a local file or folder")
-        blind = self.type == "ppl" and self.eval_pos and not self.seq_len
-        refuse_if(blind, "seq_len", "missing; perplexity needs the number of tokens in a window")
-        return self
+    _together = model_validator(mode="after")(check_evaluation)
 
 
 class TensorConfig(Section):
@@ -233,8 +226,10 @@ class KvCacheConfig(StreamConfig):
     """How the KV cache is quantized."""
 
     method: Literal["Naive", "Kivi"] = Field(description="Naive, or Kivi (keys by channel, values by token).")
-    residual_length: int = Field(128, ge=0, description="Latest tokens that stay in full precision, for Kivi.")
+    residual_length: int = Field(128, ge=1, description="Latest tokens that stay in full precision, for Kivi.")
     special: KvWindow | None = Field(None, description="Tokens that stay in full precision.")
+
+    _together = model_validator(mode="after")(check_cache)
 
 
 Tensor = TypeVar("Tensor", bound=TensorConfig)

@@ -33,6 +33,7 @@ class EvaluationSpec:
         num_chunks: at most so many windows, the first ones; None for all.
         protocol: "gptq", or "gptq_old" for the older way with ptb and c4.
         text_field: the records' field that holds the text; None to find it.
+        first_tokens: only so many tokens of each window, the first ones; None for all.
     """
 
     name: str
@@ -42,6 +43,7 @@ class EvaluationSpec:
     num_chunks: int | None = None
     protocol: str = "gptq"
     text_field: str | None = None
+    first_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,12 @@ def evaluation_windows(spec: EvaluationSpec, tokenizer: Tokenizer) -> Evaluation
         tokens = _random_windows(corpus, tokenizer, spec.seq_len)
     else:
         tokens = _consecutive_windows(corpus, tokenizer, spec, old)
-    tokens = tokens[: spec.num_chunks].contiguous()
+    tokens = tokens[: spec.num_chunks, : spec.first_tokens].contiguous()
+    part = "" if tokens.shape[1] == spec.seq_len else f" (their first {tokens.shape[1]} tokens)"
     special = "no special tokens" if corpus.is_local else "the tokenizer's special tokens"
     return EvaluationWindows(
         tokens,
-        f"{corpus.origin}, {spec.protocol} protocol, {len(tokens)} windows of {spec.seq_len}, {special}",
+        f"{corpus.origin}, {spec.protocol} protocol, {len(tokens)} windows of {spec.seq_len}{part}, {special}",
         hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
     )
 

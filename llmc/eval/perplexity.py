@@ -23,6 +23,7 @@ class Perplexity:
         protocol: text, split, tokenization and windowing in words.
         tokens_sha256: digest of the token ids.
         window_losses: mean cross entropy of each window, so that any part of the text can be compared later.
+        kind: ``ppl``; or ``decode_ppl`` where each token was appended to a KV cache and attended to it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Perplexity:
     protocol: str
     tokens_sha256: str
     window_losses: tuple[float, ...]
+    kind: str = "ppl"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``metrics.json``."""

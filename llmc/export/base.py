@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..quant import ActSpec, QuantSpec, Sparsity, UnitRecord
+from ..quant import ActSpec, KvSpec, QuantSpec, Sparsity, UnitRecord
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp"}
 _OURS = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
@@ -54,6 +54,7 @@ class Exporter:
         stored: the dtype of the original checkpoint's weights.
         compute: the dtype in which the model was evaluated.
         act: the grid of the quantized Linears' inputs, or None.
+        kv: how the KV cache was quantized in the evaluation, or None.
     """
 
     name: ClassVar[str]
@@ -65,9 +66,14 @@ class Exporter:
     """Whether it can express groups that aren't runs of consecutive columns."""
 
     def __init__(
-        self, spec: QuantSpec | None, stored: torch.dtype, compute: torch.dtype, act: ActSpec | None = None
+        self,
+        spec: QuantSpec | None,
+        stored: torch.dtype,
+        compute: torch.dtype,
+        act: ActSpec | None = None,
+        kv: KvSpec | None = None,
     ) -> None:
-        self.spec, self.stored, self.compute, self.act = spec, stored, compute, act
+        self.spec, self.stored, self.compute, self.act, self.kv = spec, stored, compute, act, kv
 
     def check(self, layers: list[Layer]) -> list[str]:
         """Refuse what the backend can't load, before any weight is read.

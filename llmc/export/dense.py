@@ -26,6 +26,12 @@ class FakeQuant(Exporter):
         scales = self.spec.product_dtype
         return self.compute if scales == torch.float32 else scales
 
+    def check(self, layers: list[Layer]) -> list[str]:
+        """Any scheme will do; but a folder of weights can't say what its KV cache is to be."""
+        if self.kv is None or self.transformed_only:
+            return []
+        return [f"{self.name} holds weights only: whoever loads it decides how the KV cache is quantized"]
+
     def nbytes(self, layer: Layer) -> int:
         """Quantized weights in ``dtype``; ignored ones as they were."""
         return layer.rows * layer.columns * (self.stored if layer.spec is None else self.dtype).itemsize

@@ -9,23 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import QuantSpec, UnitRecord
+from ..quant import Fp8Grid, KvSpec, QuantSpec, UnitRecord
 from .base import Exporter, Layer
 from .ct_layouts import Codes, Layout, Packed, input_nbytes, input_tensors
 from .vllm_schemes import PACKED, format_of, scheme_of
 
+_DENSE = "dense"
 _INPUTS = ("input_scale", "input_zero_point")
+_CACHE_PARTS = ("k_scale", "v_scale")
+_CACHE_SCHEME = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
 # Routers of mixtures of experts aren't Linears in Transformers, but vLLM would ask for their scales.
 _ROUTERS = (r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$")
 
 
 class VLLM(Exporter):
-    """Packed W4A16 and W8A16; W8A8 in integers and in FP8."""
+    """Packed W4A16 and W8A16; W8A8 in integers and in FP8; and an FP8 KV cache with static scales."""
 
     name = "save_vllm"
     folder = "vllm_quant_model"
@@ -33,6 +37,10 @@ class VLLM(Exporter):
 
     def check(self, layers: list[Layer]) -> list[str]:
         """vLLM has kernels for few schemes, and runs Linears that it fuses with one."""
+        if self.kv is not None:
+            _check_cache(self.kv)
+            if self.spec is None:
+                return []
         packed = format_of(self._need_spec(), self.act) == PACKED
         by_name = {layer.name: layer for layer in layers}
         for layer in layers:
@@ -56,8 +64,8 @@ class VLLM(Exporter):
         return self._layout().nbytes(layer.rows, layer.columns, layer.spec) + input_nbytes(self.act)
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
-        """The parts of each weight, and the scale of its inputs where that is static."""
-        stored = dict(unit.plain)
+        """The parts of each weight, the scale of its inputs where that is static, and those of a static KV cache."""
+        stored = unit.plain | unit.cache
         for name, weight in unit.quantized.items():
             parts = self._layout().tensors(weight) | input_tensors(self.act, unit.inputs.get(name))
             stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
@@ -67,19 +75,20 @@ class VLLM(Exporter):
         """Codes and scales. The range of an input can't be told from its scale."""
         scale = ".weight_scale"
         names = [name.removesuffix(scale) for name in tensors if name.endswith(scale)]
-        quantized, taken = {}, set()
+        cache = {name: tensor for name, tensor in tensors.items() if name.endswith(_CACHE_PARTS)}
+        quantized, taken = {}, set(cache)
         for name in names:
             own = self._own(tensors, name)
             quantized[name] = self._layout().read(own, self._need_spec())
             taken |= {f"{name}.{part}" for part in (*own, *_INPUTS)}
         plain = {name: tensor for name, tensor in tensors.items() if name not in taken}
-        return UnitRecord(plain=plain, quantized=quantized)
+        return UnitRecord(plain=plain, quantized=quantized, cache=cache)
 
     def independent(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
         """compressed-tensors' own decompression."""
         if f"{name}.weight_scale" not in tensors:
             return None
-        scheme = scheme_of(self._need_spec(), self.act)
+        scheme = None if self.spec is None and self.kv is not None else scheme_of(self._need_spec(), self.act)
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         dense: Tensor = compressor.decompress(self._own(tensors, name), scheme)["weight"]
         return dense
@@ -89,11 +98,11 @@ class VLLM(Exporter):
         ignored = [layer.name for layer in layers if layer.spec is None]
         scheme = scheme_of(self._need_spec(), self.act)
         quantization = QuantizationConfig(
-            config_groups={"group_0": scheme},
-            format=scheme.format,
+            config_groups={} if scheme is None else {"group_0": scheme},
+            format=_DENSE if scheme is None else scheme.format,
             quantization_status="compressed",
-            ignore=["lm_head", *ignored, *_ROUTERS],
-            kv_cache_scheme=None,
+            ignore=[] if self.spec is None else ["lm_head", *ignored, *_ROUTERS],
+            kv_cache_scheme=None if self.kv is None else _CACHE_SCHEME,
         ).model_dump(mode="json")
         return {**original, "quantization_config": {**quantization, "quant_method": "compressed-tensors"}}
 
@@ -115,6 +124,16 @@ class VLLM(Exporter):
                 "write save_fake: vLLM loads that folder as it is, zeros included; or add quant.weight",
             )
         return self.spec
+
+
+def _check_cache(kv: KvSpec) -> None:
+    fp8 = isinstance(kv.grid, Fp8Grid) and kv.grid.dtype == torch.float8_e4m3fn
+    if not (fp8 and kv.static and kv.grid.scale_dtype == torch.float32):
+        raise ExportError(
+            f"vLLM has no KV cache such as quant.kvcache asks for ({kv.describe()}; save_vllm)",
+            "use method: Naive, bit: e4m3, symmetric: True, granularity: per_tensor, static: True; "
+            "or keep it for the evaluation and write save_fake",
+        )
 
 
 def _slower(layers: list[Layer]) -> list[str]:

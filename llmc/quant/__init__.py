@@ -4,6 +4,7 @@ from .activations import ActSpec, InputRange, fake_quantize_inputs, static_qpara
 from .affine import fake_quantize_weight, group_qparams, quantize, quantize_weight
 from .floats import bind_global_scale
 from .groups import from_groups, over_rows, to_groups
+from .kv import CacheScheme, Fp8Grid, IntGrid, KvCache, KvRanges, KvSpec, cache_qparams
 from .linear import InputQuantizer
 from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, StaticMinMax
 from .qweight import QWeight
@@ -27,11 +28,17 @@ from .spec import (
 __all__ = [
     "Accumulator",
     "ActSpec",
+    "CacheScheme",
+    "Fp8Grid",
     "Granularity",
     "Grid",
     "HistogramMse",
     "InputQuantizer",
     "InputRange",
+    "IntGrid",
+    "KvCache",
+    "KvRanges",
+    "KvSpec",
     "MinMax",
     "MovingMinMax",
     "Mse",
@@ -49,6 +56,7 @@ __all__ = [
     "SymMode",
     "UnitRecord",
     "bind_global_scale",
+    "cache_qparams",
     "fake_quantize_inputs",
     "fake_quantize_weight",
     "from_groups",

@@ -19,8 +19,11 @@ class UnitRecord:
         quantized: quantized weights by the checkpoint's name of their module (``model.layers.0.mlp.down_proj``).
         inputs: calibrated ranges of the inputs of such modules, by the same names; empty where scales are dynamic. An
             exporter stores what follows from them, and doesn't read them back.
+        cache: scales of a static KV cache, float32 ``[1]``, by name (``model.layers.0.self_attn.k_scale``). They lie
+            beside the weights: only formats whose backend quantizes the cache store them.
     """
 
     plain: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QWeight] = field(default_factory=dict)
     inputs: dict[str, InputRange] = field(default_factory=dict)
+    cache: dict[str, Tensor] = field(default_factory=dict)

@@ -114,7 +114,7 @@ class Console:
         """The numbers of a finished run, and where things are."""
         metrics = result.metrics
         for one in result.perplexities:
-            self._rich.print(f"EVAL: ppl on {one.name} is {one.value:.4f} ({one.position}: {one.protocol})")
+            self._rich.print(f"EVAL: {one.kind} on {one.name} is {one.value:.4f} ({one.position}: {one.protocol})")
         self._rich.print("\n[bold green]Done[/]" + (f" {self._task}" if self._task else ""))
         facts: dict[str, str] = {}
         original = metrics["model"]["bytes"]
@@ -122,12 +122,15 @@ class Console:
             facts[f"size ({name})"] = (
                 f"{human(original)} -> {human(output['bytes'])} ({output['bytes'] / original:.0%})"
             )
+        if metrics["kv_scheme"] is not None:
+            facts["bits per key and value"] = f"{metrics['kv_scheme']['bits_per_element']:.2f} in the KV cache"
         if metrics["bits_per_weight"] is not None:
             facts["bits per weight"] = f"{metrics['bits_per_weight']:.2f} in the quantized layers"
         if metrics["sparsity"] is not None:
             facts["sparsity"] = f"{metrics['sparsity']['mean']:.2%} of the weights in the pruned layers are zero"
         for one in result.perplexities:
-            facts[f"perplexity ({one.position})"] = (
+            decoded = ", by decoding" if one.kind == "decode_ppl" else ""
+            facts[f"perplexity ({one.position}{decoded})"] = (
                 f"{one.value:.4f} on {one.name}, {one.windows} windows of {one.seq_len}"
             )
         facts["time"] = duration(metrics["seconds"])

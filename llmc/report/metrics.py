@@ -9,6 +9,7 @@ from typing import Any
 from ..eval.perplexity import Perplexity
 
 SCHEMA = 1
+_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "cache_ranges")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def make_metrics(
     scheme: Mapping[str, Any] | None,
     sparsity: Mapping[str, Any] | None,
     activations: Mapping[str, Any] | None,
+    kv_scheme: Mapping[str, Any] | None,
     bits: float | None,
     perplexities: Sequence[Perplexity],
     outputs: Mapping[str, Mapping[str, Any]],
@@ -63,6 +65,7 @@ def make_metrics(
         "scheme": scheme,
         "sparsity": None if sparsity is None else {**sparsity, "mean": _mean_sparsity(blocks)},
         "activations": activations,
+        "kv_scheme": kv_scheme,
         "bits_per_weight": bits,
         "evaluation": [one.to_dict() for one in perplexities],
         "outputs": {name: dict(output) for name, output in outputs.items()},
@@ -74,7 +77,8 @@ def make_metrics(
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
         "blocks": [
-            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales", "inputs")} for row in blocks
+            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges")}
+            for row in blocks
         ],
         "config": dict(config),
     }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..algorithms import ClipRatios, Frame, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale
-from ..quant import InputRange, QuantSpec, QWeight, UnitRecord, bind_global_scale
+from ..quant import InputRange, KvRanges, KvSpec, QuantSpec, QWeight, UnitRecord, bind_global_scale, cache_qparams
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
 from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
@@ -45,6 +45,7 @@ class BlockWork:
         notes: what the report says, by name in the block.
         scales: largest and smallest folded input scale of each subset.
         inputs: what rounds the Linears' inputs.
+        ranges: of the block's keys and values, for a static KV cache.
     """
 
     context: WorkContext
@@ -57,6 +58,7 @@ class BlockWork:
     clips: dict[str, ClipRatios] = field(default_factory=dict)
     pruned: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, list[float]] = field(default_factory=dict)
+    ranges: KvRanges | None = None
     _pending: list[Tensor] | None = None
     _behind: bool = False
     inputs: BlockInputs = field(init=False)
@@ -154,7 +156,8 @@ class BlockWork:
         else:
             searching = step.algorithm.kind == "transform"
             stages = [self._stage(subset, step, searching=searching) for subset in self.context.subsets]
-            self._runner(step, searching)(run, stages, solve, keep=keep)
+            with run.attention():
+                self._runner(step, searching)(run, stages, solve, keep=keep)
         for view in views:
             self._fold(view)
 
@@ -256,7 +259,9 @@ class BlockWork:
                 stored_name, dtype = self.stored[name]
                 plain[stored_name] = parameter.data.to(dtype).cpu()
         named = {self._stored_module(name): weight.to("cpu") for name, weight in codes.items()}
-        return UnitRecord(plain=plain, quantized=named, inputs=self._input_ranges() if quantized else {})
+        if not quantized:
+            return UnitRecord(plain=plain)
+        return UnitRecord(plain, named, inputs=self._input_ranges(), cache=self._cache_scales())
 
     def _stored_module(self, weight: str) -> str:
         """The checkpoint's name of the module that has a weight."""
@@ -271,6 +276,16 @@ class BlockWork:
             for name in subset.linears
             if _key(subset) in found and name in self.quantized
         }
+
+    def _cache_scales(self) -> dict[str, Tensor]:
+        """Those of a static KV cache, under the checkpoint's name of the attention module."""
+        kv = self.context.recipe.kv
+        if kv is None or self.ranges is None:
+            return {}
+        linear = next(subset.linears[0] for subset in self.context.subsets if subset.reads == "heads")
+        attention = self._stored_module(f"{self.prefix}.{linear}.weight").rpartition(".")[0]
+        limits = {"k_scale": self.ranges.key, "v_scale": self.ranges.value}
+        return {f"{attention}.{name}": _scale(kv, ends) for name, ends in limits.items()}
 
     def set_weights(self, record: UnitRecord) -> None:
         """Give the block the weights of a record that was read back."""
@@ -297,3 +312,7 @@ class BlockWork:
 def _key(subset: Subset) -> str:
     """A subset's name in the journal."""
     return "+".join(subset.linears)
+
+
+def _scale(kv: KvSpec, ends: tuple[float, float]) -> Tensor:
+    return cache_qparams(kv.grid, ends)[0].reshape(1)

@@ -55,7 +55,7 @@ class Edges:
         The changed ones are there also without a stream: loading them shows whether their shapes fit.
         """
         names = list(streams)
-        first = [name for name in names if self.change and name == "eval.pretrain"]
+        first = [name for name in names if self.change and name.endswith(".pretrain")]
         rest = [name for name in names if name not in first]
         return [*([(original, first)] if first else []), (changed, rest)]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from ..algorithms import Frame, LayerNote, Recipe
 from ..errors import RunError
 from ..models import Heads, Subset
-from ..quant import UnitRecord
-from .activations import ActivationStore, Stream
+from ..quant import KvRanges, UnitRecord
+from .activations import ActivationStore
+from .attention import attending_to_cache, cache_ranges
 from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
 from .edges import Edges
@@ -27,7 +29,8 @@ from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
 from .source import BlockSource
 from .stages import BlockRun, propagate
 
-EvalPosition = Literal["pretrain", "transformed", "fake_quant"]
+EvalPosition = Literal["pretrain", "transformed", "fake_quant", "fake_quant_wo_kv"]
+_COMPRESSED = ("fake_quant", "fake_quant_wo_kv")
 
 
 class Listener(Protocol):
@@ -70,11 +73,13 @@ class Outcome:
 
     Attributes:
         losses: for each evaluated state, one ``[batch, tokens - 1]`` cross entropy per evaluation batch.
+        decoded: the same of the batches that were decoded token by token.
         bytes_read: bytes of tensor data read from the checkpoint.
         seconds: time in this process by kind of work.
     """
 
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
+    decoded: dict[str, list[Tensor]] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -90,6 +95,7 @@ class Engine:
         heads: attention geometry.
         calib: calibration batches.
         evaluation: evaluation batches and positions.
+        decoding: the same to be evaluated as a decoder does: each token appended to a KV cache, attending to it.
         sinks: where units are written; the first whose weights are the compressed ones is read back by a resumed run.
         transformed: the sink of the transformed, unquantized model, if wanted.
         store: activations.
@@ -118,11 +124,14 @@ class Engine:
         options: EngineOptions,
         listener: Listener,
         frame: Frame | None = None,
+        decoding: Batches = Batches(()),
     ) -> None:
         if journal.rows and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
         self._skeleton, self._source, self._recipe = skeleton, source, recipe
-        self._calib, self._evaluation = calib, evaluation
+        self._batches = {"calib": calib, "eval": evaluation, "decode": decoding}
+        self._measured = evaluation.positions | decoding.positions
+        self._ranges: KvRanges | None = None
         self._sinks, self._transformed = sinks, transformed
         self._store, self._journal, self._device = store, journal, device
         self._options, self._listener = options, listener
@@ -173,7 +182,7 @@ class Engine:
             for name in names:
                 self._fill(name, wanted[name])
         self._skeleton.release_unit(EMBED)
-        kept = self._skeleton.tied_head and (self._edges.change or self._evaluation.positions)
+        kept = self._skeleton.tied_head and (self._edges.change or self._measured)
         give_back_memory()
         return raw if kept else {}
 
@@ -192,11 +201,12 @@ class Engine:
         """Streams that somebody reads."""
         wanted: dict[str, Sequence[Tensor]] = {}
         if self._recipe.original_stream:
-            wanted["calib.original"] = self._calib.tokens
+            wanted["calib.original"] = self._batches["calib"].tokens
         if self._recipe.compressed_stream:
-            wanted["calib.compressed"] = self._calib.tokens
-        for position in sorted(self._evaluation.positions):
-            wanted[f"eval.{position}"] = self._evaluation.tokens
+            wanted["calib.compressed"] = self._batches["calib"].tokens
+        for kind in ("eval", "decode"):
+            for position in sorted(self._batches[kind].positions):
+                wanted[f"{kind}.{position}"] = self._batches[kind].tokens
         return wanted
 
     def _record(self, tokens: Tensor) -> Tensor:
@@ -228,7 +238,8 @@ class Engine:
         del raw
         give_back_memory()
         block = self._skeleton.blocks[index]
-        self._propagate(index, "eval.pretrain", "evaluate")
+        self._ranges = None
+        self._evaluate(index, "pretrain")
         work = BlockWork(self._work, index, block, self._prefix(index), stored)
         self._timed("calibrate", work.load)
         row = self._journal.unit(unit)
@@ -250,13 +261,17 @@ class Engine:
     def _compress(self, index: int, unit: str, work: BlockWork) -> dict[str, Any]:
         original, compressed = self._run(index, "calib.original"), self._run(index, "calib.compressed")
         self._timed("calibrate", lambda: work.transform(original, compressed))
+        if self._recipe.calibrates_cache and compressed is not None:
+            work.ranges = self._ranges = self._timed(
+                "calibrate", partial(cache_ranges, self._skeleton.model, compressed)
+            )
         outputs: dict[str, Any] = {}
-        if self._transformed is not None or "eval.transformed" in self._store.streams:
+        if self._transformed is not None or "transformed" in self._measured:
             plain = work.record(quantized=False)
             if self._transformed is not None:
                 outputs[self._transformed.format.name] = self._write(self._transformed, unit, plain)
             with work.holding(plain):  # what is evaluated is what is written, the steps go on with the exact weights
-                self._propagate(index, "eval.transformed", "evaluate")
+                self._evaluate(index, "transformed")
             del plain
         propagated = self._timed("calibrate", lambda: work.quantize(original, compressed))
         done = work.record(quantized=True)
@@ -264,7 +279,7 @@ class Engine:
             outputs[sink.format.name] = self._write(sink, unit, done)
         if compressed is not None and not propagated:
             self._timed("calibrate", lambda: propagate(compressed))
-        self._propagate(index, "eval.fake_quant", "evaluate")
+        self._evaluate(index, *_COMPRESSED)
         return {
             "kind": "unit",
             "unit": unit,
@@ -272,35 +287,46 @@ class Engine:
             "layers": {name: _note(note) for name, note in work.notes.items()},
             "scales": work.scales,
             "inputs": work.inputs.ranges,
+            "cache_ranges": None if work.ranges is None else asdict(work.ranges),
             "error": self._relative_error(),
         }
 
     def _replay(self, index: int, unit: str, work: BlockWork, row: dict[str, Any]) -> None:
         """Bring the streams past a block that an earlier run wrote, with exactly what it wrote."""
         original, compressed = self._run(index, "calib.original"), self._run(index, "calib.compressed")
+        if row["cache_ranges"] is not None:
+            self._ranges = KvRanges(*(tuple(row["cache_ranges"][name]) for name in ("key", "value")))
         if original is not None:
             propagate(original)
-        if self._transformed is not None and "eval.transformed" in self._store.streams:
+        if self._transformed is not None and "transformed" in self._measured:
             work.set_weights(self._transformed.read(unit, row["outputs"][self._transformed.format.name]))
-            self._propagate(index, "eval.transformed", "evaluate")
+            self._evaluate(index, "transformed")
         if self._sinks:
             work.set_weights(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
             work.inputs.restore(row["inputs"])
         if compressed is not None:
             propagate(compressed)
-        self._propagate(index, "eval.fake_quant", "evaluate")
+        self._evaluate(index, *_COMPRESSED)
 
     def _run(self, index: int, stream: str) -> BlockRun | None:
         if stream not in self._store.streams:
             return None
-        batches = self._calib.tokens if stream.startswith("calib.") else self._evaluation.tokens
+        batches = self._batches[stream.partition(".")[0]].tokens
         calls = [self._calls[tuple(tokens.shape)][index] for tokens in batches]
-        return BlockRun(self._skeleton.blocks[index], self._store.streams[stream], calls, self._device)
+        attention = partial(self._attention, stream)
+        return BlockRun(self._skeleton.blocks[index], self._store.streams[stream], calls, self._device, attention)
 
-    def _propagate(self, index: int, stream: str, kind: str) -> None:
-        run = self._run(index, stream)
-        if run is not None:
-            self._timed(kind, lambda: propagate(run))
+    def _attention(self, stream: str) -> AbstractContextManager[None]:
+        """The compressed model attends over its quantized KV cache, also where it's calibrated."""
+        kind, _, state = stream.partition(".")
+        kv = self._recipe.kv if state in ("compressed", "fake_quant") else None
+        return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode")
+
+    def _evaluate(self, index: int, *states: str) -> None:
+        for stream in (f"{kind}.{state}" for state in states for kind in ("eval", "decode")):
+            run = self._run(index, stream)
+            if run is not None:
+                self._timed("evaluate", partial(propagate, run))
 
     def _gate(self, index: int) -> None:
         """Nothing goes on behind a block whose output isn't finite."""
@@ -340,24 +366,26 @@ class Engine:
         check_finite(raw)
         changed = self._edges.head(raw, embedding)
         self._write_through(HEAD, changed)
-        if not self._evaluation.positions:
+        if not self._measured:
             return
-        streams = [f"eval.{position}" for position in sorted(self._evaluation.positions)]
+        losses = {"eval": outcome.losses, "decode": outcome.decoded}
+        streams = [f"{kind}.{position}" for kind in losses for position in sorted(self._batches[kind].positions)]
         for weights, names in self._edges.by_state(raw, changed, streams):
             tied = embedding if weights is raw else {}
             self._skeleton.load(weights | tied)
             if tied:
                 self._skeleton.tie()
             for name in names:
-                position = name.removeprefix("eval.")
+                kind, _, position = name.partition(".")
                 self._listener.phase(f"perplexity ({position})")
-                outcome.losses[position] = self._timed("evaluate", partial(self._losses, self._store.streams[name]))
+                losses[kind][position] = self._timed("evaluate", partial(self._losses, kind, position))
             self._skeleton.release_unit(HEAD)
 
-    def _losses(self, stream: Stream) -> list[Tensor]:
+    def _losses(self, kind: str, position: str) -> list[Tensor]:
+        stream = self._store.streams[f"{kind}.{position}"]
         return [
             token_losses(self._skeleton, stream.load(index, self._device), tokens.to(self._device)).cpu()
-            for index, tokens in enumerate(self._evaluation.tokens)
+            for index, tokens in enumerate(self._batches[kind].tokens)
         ]
 
     def _write_through(self, unit: str, raw: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ held activations don't fit, and it's the oracle of the other: same statistics, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +73,14 @@ class BlockRun:
         inputs: its inputs; overwritten by its outputs where ``keep`` says so.
         calls: the call for each batch.
         device: where the block is.
+        attention: makes the context in which the block's forwards run: that of a quantized KV cache, or none.
     """
 
     block: nn.Module
     inputs: Stream
     calls: Sequence[Call]
     device: torch.device
+    attention: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def forward(self, batch: int) -> Tensor:
         """Output of one batch with the weights as they are."""
@@ -86,8 +89,9 @@ class BlockRun:
 
 def propagate(run: BlockRun) -> None:
     """Overwrite every input by the block's output."""
-    for batch in range(len(run.inputs)):
-        run.inputs.store(batch, run.forward(batch))
+    with run.attention():
+        for batch in range(len(run.inputs)):
+            run.inputs.store(batch, run.forward(batch))
 
 
 class _Waiting(greenlet.greenlet):

@@ -22,7 +22,7 @@ from llmc.export import read_config
 from llmc.export.dense import FakeQuant, Transformed
 from llmc.export.vllm import VLLM
 from llmc.models import heads_of, residual_of
-from llmc.quant import ActSpec, PerGroup, QuantSpec
+from llmc.quant import ActSpec, Fp8Grid, IntGrid, KvSpec, PerGroup, PerTensor, QuantSpec
 from llmc.stream import engine as engine_module
 from llmc.stream.activations import ActivationStore
 from llmc.stream.engine import Batches, Engine, EngineOptions, Outcome
@@ -81,16 +81,20 @@ class Pass:
     ignored: Ignored = field(default_factory=Ignored)
     spec: QuantSpec = SPEC
     act: ActSpec | None = None
+    kv: KvSpec | None = None
+    decoded: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
     witness: Witness = field(default_factory=Witness)
 
     def recipe(self) -> Recipe:
         methods, quant_out = self.method.split("+"), self.quant_out
-        return make_recipe(methods, {}, self.spec, self.ignored, quant_out=quant_out, act=self.act)
+        return make_recipe(methods, {}, self.spec, self.ignored, quant_out=quant_out, act=self.act, kv=self.kv)
 
     def sinks(self) -> list[Sink]:
         made = []
         for kind in self.formats:
-            exporter, folder = kind(self.spec, torch.bfloat16, torch.float32, self.act), self.folder / kind.folder
+            exporter = kind(self.spec, torch.bfloat16, torch.float32, self.act, self.kv)
+            folder = self.folder / kind.folder
             folder.mkdir(parents=True, exist_ok=True)
             made.append(Sink(folder, exporter, UNITS, lambda path, record: None))
         return made
@@ -99,7 +103,7 @@ class Pass:
         state = self.folder / "state"
         state.mkdir(parents=True, exist_ok=True)
         self.witness = Witness(fatal)
-        skeleton = self.tiny.skeleton()
+        skeleton = self.tiny.skeleton(self.dtype)
         source, sinks = self.tiny.source(skeleton), self.sinks()
         recipe = self.recipe()
         config, subsets, heads = self.tiny.config, self.tiny.subsets, heads_of(self.tiny.config)
@@ -123,6 +127,7 @@ class Pass:
                 options=EngineOptions(forward=self.forward, checkpoint_every=self.checkpoint_every),
                 listener=self.witness,
                 frame=frame,
+                decoding=Batches(self.evaluation, frozenset(self.decoded)),
             ).run()
         finally:
             source.close()
@@ -353,6 +358,33 @@ def test_the_journal_tells_each_layers_error(llama, passes):
         assert row["layers"].keys() == {name for subset in llama.subsets for name in subset.linears}
         assert all(0 < note["error"] < 0.2 and note["fallback"] is None for note in row["layers"].values())
         assert 0 < row["error"] < 1
+
+
+KIVI = KvSpec("Kivi", IntGrid(2, False, offset=True), PerGroup(4), residual=4)
+FP8 = KvSpec("Naive", Fp8Grid(torch.float8_e4m3fn), PerTensor(), static=True)
+
+
+@pytest.mark.parametrize("kv", [KIVI, FP8], ids=KvSpec.describe)
+@pytest.mark.parametrize("method", ["RTN", "GPTQ", "Awq+GPTQ"])
+def test_with_a_quantized_cache_a_killed_and_replayed_run_ends_the_same(llama, passes, method, kv):
+    positions = ("pretrain", "transformed", "fake_quant", "fake_quant_wo_kv")
+    make = partial(passes, llama, method=method, kv=kv, positions=positions, decoded=("pretrain", "fake_quant"))
+    calm, killed = make(), make(forward="replay", checkpoint_every=3)
+    expected = calm.run()
+    for fatal in (1, 2):
+        with pytest.raises(Killed):
+            killed.run(fatal)
+    resumed = killed.run()
+    assert killed.shards() == calm.shards()
+    assert all(equal(resumed.losses[position], expected.losses[position]) for position in positions)
+    assert all(equal(resumed.decoded[position], expected.decoded[position]) for position in expected.decoded)
+    assert close(expected.decoded["pretrain"], expected.losses["pretrain"])
+    assert not close(expected.losses["fake_quant"], expected.losses["fake_quant_wo_kv"], 1e-5)
+    plain = make(kv=None, positions=("fake_quant",), decoded=())
+    assert (plain.run().losses.keys(), plain.shards() == calm.shards()) == (
+        {"fake_quant"},
+        method == "RTN" and kv == KIVI,
+    )
 
 
 def damaged(tiny, folder: Path, name: str, value: float) -> Any:
