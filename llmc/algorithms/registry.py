@@ -5,9 +5,11 @@ from __future__ import annotations
 from .awq import Awq
 from .base import Algorithm, Options
 from .gptq import GPTQ
+from .osplus import OsPlus
 from .rtn import RTN
+from .smoothquant import SmoothQuant
 
-ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq)
+ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq, SmoothQuant, OsPlus)
 
 
 def options_types() -> dict[str, type[Options]]:

@@ -13,6 +13,7 @@ from llmc.models import Heads, Subset
 from llmc.quant import PerGroup, QuantSpec
 
 Round = Callable[..., Tensor]
+STATISTICS = {"gram", "abs_mean", "abs_max", "channel_range"}
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def make_view() -> Callable[..., SubsetView]:
         calls: object = None,
     ) -> SubsetView:
         columns = inputs[0].shape[-1]
-        statistics: Statistics = new_statistics({"gram", "abs_mean"}, columns, torch.device("cpu"))
+        statistics: Statistics = new_statistics(STATISTICS, columns, torch.device("cpu"))
         for batch in inputs:
             statistics.update(batch)
         return SubsetView(
