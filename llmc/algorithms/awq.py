@@ -7,7 +7,6 @@ row and group is shrunk to where its output error is least.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,16 +20,15 @@ from ..quant import (
     PerTensor,
     QuantSpec,
     bind_global_scale,
-    fake_quantize_weight,
     from_groups,
     to_groups,
 )
 from ..quant.affine import fake_quantize, find_ranges, qparams
 from .base import Algorithm, ClipRatios, Needs, Options, SubsetView
+from .search import best_scale
 
 _RATIOS = 20  # alpha = 0, 1/20, ... 19/20
 _SHRINKS = 10  # the range shrinks by 0, 5, ... 45%
-_ENOUGH = 512  # tokens that tell which candidates are hopeless
 _UNCLIPPED = ("q_proj", "k_proj", "query", "key", "Wqkv", "qkv")  # queries and keys multiply: their error isn't theirs
 
 
@@ -83,7 +81,8 @@ class Awq(Algorithm):
         scale = torch.ones(view.columns, device=gram.matrix.device)
         rule = view.scale_rule(allow_gqa=self.options.do_gqa_trans) if self.options.trans else None
         if rule is not None:
-            scale = choose_scale(view, candidates(view, abs_mean.mean, rule, self.options), self.options)
+            scales = candidates(view, abs_mean.mean, rule, self.options)
+            scale = scales[best_scale(view, scales, full=self.options.search == "full")]
             if not torch.equal(scale, torch.ones_like(scale)):
                 view.fold_scale(scale, rule)
         if self.options.weight_clip:
@@ -120,72 +119,6 @@ def _relative_weight(view: SubsetView) -> Tensor:
         groups = groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)
         relative.append(groups if spec is None else from_groups(groups, linear.weight.shape, spec))
     return torch.cat(relative).mean(0)
-
-
-def choose_scale(view: SubsetView, scales: list[Tensor], options: AwqOptions) -> Tensor:
-    """The candidate with the least error at the inspected module."""
-    inspected = view.subset.inspect
-    if len(view.linears) == 1 and inspected in view.linears:
-        # The Linear is its own witness: the error over all tokens is a quadratic form of the Gram matrix.
-        gram = view.stats.gram
-        losses = [_linear_loss(view, scale, gram.matrix) for scale in scales] if gram is not None else [0.0]
-        return scales[losses.index(min(losses))]
-    return scales[_race(view, scales, full=options.search == "full")]
-
-
-def _linear_loss(view: SubsetView, scale: Tensor, gram: Tensor) -> float:
-    total = 0.0
-    for name, spec in view.specs.items():
-        weight = view.linears[name].weight.detach().float()
-        delta = _rounded(weight, scale, spec).sub_(weight)
-        total += float(((delta @ gram) * delta).sum())
-    return total
-
-
-def _rounded(weight: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    scaled = weight * scale
-    return fake_quantize_weight(scaled, bind_global_scale(spec, [scaled])).div_(scale)
-
-
-def _race(view: SubsetView, scales: list[Tensor], *, full: bool) -> int:
-    """Index of the best candidate by the squared error of the inspected module, summed over the batches.
-
-    Candidates meet the batches in rounds that double in length; after each the best third of those still in the race
-    stays. The errors of two candidates on the same tokens go together so closely that a sixteenth of the tokens tells
-    which are hopeless. The identity stays to the end: the winner is compared with it on all tokens.
-    """
-    calls = view.calls
-    if calls is None:
-        raise ValueError("the search needs the inspected module's calls")
-    weights = {name: view.linears[name].weight.detach().float() for name in view.specs}
-    losses = [0.0] * len(scales)
-    running = list(range(len(scales)))
-    seen, first = 0, _first_round(view, len(calls))
-    while seen < len(calls):
-        stop = len(calls) if full else min(len(calls), max(2 * seen, first))
-        reference = {batch: calls.output(batch).float() for batch in range(seen, stop)}
-        # In the last round only the best matters: who is worse than a finished one needn't run to the end.
-        bound = math.inf
-        for index in running:
-            trial = {name: _rounded(weight, scales[index], view.specs[name]) for name, weight in weights.items()}
-            with view.trial(trial):
-                for batch, expected in reference.items():
-                    if losses[index] > bound:
-                        break
-                    losses[index] += float((calls.output(batch).float() - expected).square().sum())
-            if stop == len(calls):
-                bound = min(bound, losses[index])
-        seen = stop
-        running.sort(key=losses.__getitem__)
-        staying = running[: max(1, len(running) // 3)]
-        running = staying if 0 in staying else [*staying, 0]
-    return running[0]
-
-
-def _first_round(view: SubsetView, batches: int) -> int:
-    """Batches of the first round: a sixteenth, but enough of them for ``_ENOUGH`` tokens."""
-    tokens = view.stats.gram.tokens if view.stats.gram is not None else 0
-    return max(math.ceil(batches / 16), math.ceil(_ENOUGH * batches / max(tokens, 1)))
 
 
 def search_clip(weight: Tensor, gram: Tensor, spec: QuantSpec, *, symmetric: bool) -> ClipRatios:

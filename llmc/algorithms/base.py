@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..models import Heads, Residual, ScaleRule, Subset, scale_rule
 from ..quant import Accumulator, ActSpec, QuantSpec, QWeight, Sparsity
-from .stats import AbsMean, Gram, SumSquares
+from .stats import AbsMax, AbsMean, ChannelRange, Gram, SumSquares
 
 
 class Options(BaseModel):
@@ -44,14 +44,24 @@ class Statistics:
 
     gram: Gram | None = None
     abs_mean: AbsMean | None = None
+    abs_max: AbsMax | None = None
+    channel_range: ChannelRange | None = None
     sum_squares: SumSquares | None = None
     ranges: Accumulator | None = None
 
     def update(self, inputs: Tensor) -> None:
         """Add tokens ``[..., in]``."""
-        for statistic in (self.gram, self.abs_mean, self.sum_squares, self.ranges):
+        for statistic in (*self._of_channels(), self.ranges):
             if statistic is not None:
                 statistic.update(inputs)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen."""
+        return max((statistic.tokens for statistic in self._of_channels() if statistic is not None), default=0)
+
+    def _of_channels(self) -> tuple[Gram | AbsMean | AbsMax | ChannelRange | SumSquares | None, ...]:
+        return self.gram, self.abs_mean, self.abs_max, self.channel_range, self.sum_squares
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,9 @@ class SubsetView:
         weights: results of a pruner, by Linear.
         quantized: results of a quantizer, by Linear.
         notes: what the report says, by Linear.
+        act: how the shared input is quantized, or None.
         scale: the input scale that was chosen for folding into ``prev``.
+        shift: the input shift that was chosen for folding.
     """
 
     subset: Subset
@@ -135,7 +147,9 @@ class SubsetView:
     weights: dict[str, Tensor] = field(default_factory=dict)
     quantized: dict[str, QWeight] = field(default_factory=dict)
     notes: dict[str, LayerNote] = field(default_factory=dict)
+    act: ActSpec | None = None
     scale: tuple[Tensor, ScaleRule] | None = None
+    shift: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -148,9 +162,24 @@ class SubsetView:
             return None
         return scale_rule(self.subset, self.prev, self.columns, self.heads, allow_gqa=allow_gqa)
 
+    @property
+    def fed_by_norm(self) -> bool:
+        """Whether ``prev`` is a norm: it has one weight for each channel."""
+        return self.prev is not None and isinstance(self.prev.weight, Tensor) and self.prev.weight.dim() == 1
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether ``prev`` and all Linears have biases, which can absorb a shift of the shared input."""
+        modules = [self.prev, *self.linears.values()]
+        return all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in modules)
+
     def fold_scale(self, scale: Tensor, rule: ScaleRule) -> None:
         """Ask for ``prev /= scale`` and ``W *= scale``; done when all subsets of the block have been seen."""
         self.scale = (scale, rule)
+
+    def fold_shift(self, shift: Tensor) -> None:
+        """Ask for ``prev - shift`` and ``bias + W shift``, before the scale is folded."""
+        self.shift = shift
 
     def put(self, name: str, weight: QWeight, note: LayerNote) -> None:
         """Deliver the quantized weight of a Linear."""
@@ -164,16 +193,18 @@ class SubsetView:
         self.notes[name] = replace(note, sparsity=float(mask.sum()) / mask.numel())
 
     @contextmanager
-    def trial(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within the context the named Linears hold these weights ``[out, in]``."""
-        kept = {name: self.linears[name].weight.data for name in weights}
+    def trial(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Within the context the named Linears hold these weights ``[out, in]`` and biases ``[out]``."""
+        parameters = [(self.linears[name].weight, weight) for name, weight in weights.items()]
+        parameters += [(self.linears[name].bias, bias) for name, bias in (biases or {}).items()]
+        kept = [parameter.data for parameter, _ in parameters]
         try:
-            for name, weight in weights.items():
-                self.linears[name].weight.data = weight.to(kept[name].dtype)
+            for parameter, tensor in parameters:
+                parameter.data = tensor.to(parameter.dtype)
             yield
         finally:
-            for name, weight in kept.items():
-                self.linears[name].weight.data = weight
+            for (parameter, _), data in zip(parameters, kept, strict=True):
+                parameter.data = data
 
 
 @dataclass(frozen=True)
@@ -257,4 +288,6 @@ def new_statistics(
         abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
         sum_squares=SumSquares(columns, device) if "sum_squares" in wanted else None,
         ranges=None if act is None or act.observer is None else act.observer.accumulator(act.grid),
+        abs_max=AbsMax(columns, device) if "abs_max" in wanted else None,
+        channel_range=ChannelRange(columns, device) if "channel_range" in wanted else None,
     )

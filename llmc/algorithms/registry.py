@@ -6,12 +6,24 @@ from .awq import Awq
 from .base import Algorithm, Options
 from .gptq import GPTQ
 from .magnitude import Magnitude
+from .osplus import OsPlus
 from .quarot import Quarot
 from .rtn import RTN
+from .smoothquant import SmoothQuant
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-ALGORITHMS: tuple[type[Algorithm], ...] = (RTN, GPTQ, Awq, Quarot, Magnitude, Wanda, SparseGPT)
+ALGORITHMS: tuple[type[Algorithm], ...] = (
+    RTN,
+    GPTQ,
+    Awq,
+    SmoothQuant,
+    OsPlus,
+    Quarot,
+    Magnitude,
+    Wanda,
+    SparseGPT,
+)
 
 
 def options_types() -> dict[str, type[Options]]:

@@ -79,6 +79,36 @@ class SumSquares:
         return (self._sum / max(self.tokens, 1)).sqrt()
 
 
+class ChannelRange:
+    """Smallest and largest value of each input channel, ``lo`` and ``hi`` ``[in]`` in float32."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.lo = torch.full((columns,), torch.inf, dtype=torch.float32, device=device)
+        self.hi = -self.lo
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]``."""
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        self.lo = torch.minimum(self.lo, tokens.amin(0).float())
+        self.hi = torch.maximum(self.hi, tokens.amax(0).float())
+        self.tokens += len(tokens)
+
+
+class AbsMax:
+    """Largest magnitude of each input channel, ``max`` ``[in]`` in float32."""
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.max = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]``."""
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        self.max = torch.maximum(self.max, tokens.abs().amax(0).float())
+        self.tokens += len(tokens)
+
+
 def relative_error(original: Tensor, changed: Tensor, gram: Tensor | None) -> float:
     """``|(W - W')X|² / |WX|²`` from the Gram matrix of the inputs; without one, the same of the weights alone."""
     delta, reference = changed.float() - original.float(), original.float()

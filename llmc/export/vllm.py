@@ -88,7 +88,7 @@ class VLLM(Exporter):
         """compressed-tensors' own decompression."""
         if f"{name}.weight_scale" not in tensors:
             return None
-        scheme = None if self.spec is None and self.kv is not None else scheme_of(self._need_spec(), self.act)
+        scheme = scheme_of(self._need_spec(), self.act)
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
         dense: Tensor = compressor.decompress(self._own(tensors, name), scheme)["weight"]
         return dense
@@ -96,7 +96,7 @@ class VLLM(Exporter):
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's with a ``quantization_config``; ignored Linears by their exact names."""
         ignored = [layer.name for layer in layers if layer.spec is None]
-        scheme = scheme_of(self._need_spec(), self.act)
+        scheme = None if self.spec is None and self.kv is not None else scheme_of(self._need_spec(), self.act)
         quantization = QuantizationConfig(
             config_groups={} if scheme is None else {"group_0": scheme},
             format=_DENSE if scheme is None else scheme.format,

@@ -79,3 +79,24 @@ def fold_scale(prev: nn.Module, linears: list[nn.Linear], scale: Tensor, rule: S
             bias.copy_(bias.to(exact) / divisor)
         for linear in linears:
             linear.weight.copy_(linear.weight.to(exact) * scale)
+
+
+def fold_shift(prev: nn.Module, linears: list[nn.Linear], shift: Tensor, stored: torch.dtype) -> None:
+    """Subtract ``shift`` ``[in]`` from ``prev``'s output and add ``W shift`` to the Linears' biases, in place.
+
+    ``prev``'s bias is rounded to the dtype ``stored`` that it will be stored in, and the Linears make up for what was
+    really subtracted.
+
+    Raises:
+        TypeError: a bias is missing.
+    """
+    bias = getattr(prev, "bias", None)
+    if not isinstance(bias, nn.Parameter) or any(linear.bias is None for linear in linears):
+        raise TypeError(f"{type(prev).__name__} and its readers need biases to absorb a shift")
+    exact = torch.promote_types(bias.dtype, torch.float32)
+    with torch.no_grad():
+        shifted = (bias.to(exact) - shift.to(exact)).to(stored).to(exact)
+        moved = bias.to(exact) - shifted
+        bias.copy_(shifted)
+        for linear in linears:
+            linear.bias.copy_(linear.bias.to(exact) + linear.weight.to(exact) @ moved)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms import ClipRatios, Frame, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
-from ..models import Heads, Subset, fold_scale
+from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import InputRange, KvRanges, KvSpec, QuantSpec, QWeight, UnitRecord, bind_global_scale, cache_qparams
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
@@ -200,6 +200,7 @@ class BlockWork:
             clips=self.clips,
             sparsity=sparsity,
             pruned=self.pruned,
+            act=self.context.recipe.act if specs else None,
         )
 
     def _spec_of(self, name: str) -> QuantSpec | None:
@@ -229,8 +230,10 @@ class BlockWork:
         if view.scale is None or view.prev is None:
             return
         scale, rule = view.scale
-        prev_weight = f"{self.prefix}.{view.subset.prev}.weight"
-        fold_scale(view.prev, list(view.linears.values()), scale, rule, self.stored[prev_weight][1])
+        linears, prev = list(view.linears.values()), f"{self.prefix}.{view.subset.prev}"
+        if view.shift is not None:
+            fold_shift(view.prev, linears, view.shift, self.stored[f"{prev}.bias"][1])
+        fold_scale(view.prev, linears, scale, rule, self.stored[f"{prev}.weight"][1])
         self.scales[_key(view.subset)] = [float(scale.min()), float(scale.max())]
 
     def _store_plain(self) -> None:

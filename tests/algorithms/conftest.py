@@ -13,11 +13,13 @@ from llmc.models import Heads, Subset
 from llmc.quant import PerGroup, QuantSpec
 
 Round = Callable[..., Tensor]
+STATISTICS = {"gram", "abs_mean", "abs_max", "channel_range", "sum_squares"}
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """These matrices are small: threads would only wait for one another."""
+    """These matrices are small: threads would only wait for one another. Random weights are those of one seed."""
+    torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -72,7 +74,7 @@ def make_view() -> Callable[..., SubsetView]:
         calls: object = None,
     ) -> SubsetView:
         columns = inputs[0].shape[-1]
-        statistics: Statistics = new_statistics({"gram", "abs_mean", "sum_squares"}, columns, torch.device("cpu"))
+        statistics: Statistics = new_statistics(STATISTICS, columns, torch.device("cpu"))
         for batch in inputs:
             statistics.update(batch)
         return SubsetView(

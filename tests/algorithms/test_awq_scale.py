@@ -199,7 +199,7 @@ def test_candidates_are_positive_and_finite_also_for_silent_channels(make_view, 
 
 def test_query_heads_of_one_value_head_share_their_scale(make_view, tokens, nearest):
     heads, spec = Heads(query=8, kv=2, dim=4), SPECS[0]
-    inputs, linear = tokens(200, COLUMNS), nn.Linear(COLUMNS, 16, bias=False)
+    inputs, linear = tokens(200, COLUMNS), Gated(seed=0).gate
     subset = Subset(("o",), "v", "o", reads="heads")
     prev = nn.Linear(16, heads.kv * heads.dim)
     view = make_view({"o": linear}, [inputs], spec, subset=subset, prev=prev, heads=heads)

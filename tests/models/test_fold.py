@@ -8,7 +8,7 @@ from exact import CONFIGS, change, model_of
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmc.models import Heads, ScaleRule, Subset, find_adapter, fold_scale, heads_of, scale_rule
+from llmc.models import Heads, ScaleRule, Subset, find_adapter, fold_scale, fold_shift, heads_of, scale_rule
 
 
 def block_of(model: PreTrainedModel) -> nn.Module:
@@ -148,3 +148,31 @@ def test_query_heads_of_a_value_head_are_tied_by_their_geometric_mean():
     tied = rule.tie(torch.tensor([1.0, 4.0, 9.0, 16.0]))  # two value heads with two query heads each
     torch.testing.assert_close(tied, torch.tensor([2.0, 2.0, 12.0, 12.0]))
     torch.testing.assert_close(rule.to_prev(tied), torch.tensor([2.0, 12.0]))
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.bfloat16])
+def test_a_shift_leaves_the_block_as_it_was(stored):
+    """Only OPT has the biases. What a norm's bias loses in rounding is what its readers don't add."""
+    model = model_of(CONFIGS["opt"])
+    subsets = [subset for subset in foldable(model.config) if subset.prev and subset.prev.endswith("norm")]
+    assert len(subsets) == 2
+    if stored == torch.bfloat16:
+        with torch.no_grad():
+            for subset in subsets:
+                bias = block_of(model).get_submodule(subset.prev).bias
+                bias.copy_(bias.to(stored))
+    expected = output_of(model)
+    for seed, subset in enumerate(subsets):
+        block = block_of(model)
+        prev, linears = block.get_submodule(subset.prev), [block.get_submodule(name) for name in subset.linears]
+        before = prev.bias.clone()
+        shift = torch.randn(len(before), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 5
+        fold_shift(prev, linears, shift, stored)
+        assert not torch.equal(before, prev.bias) and torch.equal(prev.bias, prev.bias.to(stored).double())
+    torch.testing.assert_close(output_of(model), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_shift_needs_biases():
+    block = block_of(model_of(CONFIGS["llama"]))
+    with pytest.raises(TypeError, match="biases"):
+        fold_shift(block.input_layernorm, [block.self_attn.q_proj], torch.ones(32), torch.float32)
