@@ -32,7 +32,7 @@ A run is one YAML file; its sections, keys and method names are those of LLMC. E
 - **Overrides**: `--set quant.weight.bit=3`, as often as you like; the value is YAML. `eval.0.seq_len=512` reaches into
   a list.
 - **Known is not the same as available**: the schema knows keys of LLMC that this version can't carry out
-  (activations, KV cache, pruning, other exports). Using one is an error that names it; see the README's table.
+  (KV cache, pruning, other exports). Using one is an error that names it; see the README's table.
 - `eval` may be one section or a list of them. `path: text.txt#0:0.5` takes a part of a file.
 - The keys of `quant.special` depend on the method; with several methods `special` is keyed by method.
 """
