@@ -80,7 +80,15 @@ def contains(message: str, *parts: str) -> None:
         ("calib.n_samples=-1", ["calib.n_samples", "-1"]),
         ("quant.method=[RTN, GPTQ]", ["quant.method", "RTN and GPTQ", "['RTN']"]),
         ("quant.method=[GPTQ, Awq]", ["quant.method", "GPTQ must come last", "['Awq', 'GPTQ']"]),
-        ("quant.act={bit: 8, symmetric: true, granularity: per_token}", ["quant.act", "not available"]),
+        (
+            "quant.act={bit: 8, symmetric: true, granularity: per_head, head_num: 2}",
+            ["quant.act.granularity: per_head"],
+        ),
+        ("quant.act={bit: e4m7, symmetric: true, granularity: per_token}", ["quant.act.bit: e4m7", "not available"]),
+        ("quant.act={bit: e4m3, symmetric: false, granularity: per_token}", ["quant.act.symmetric", "no zero point"]),
+        ("quant.act={bit: nvfp4, group_size: 32}", ["quant.act.group_size", "nvfp4 has groups of 16"]),
+        ("quant.act={bit: 8, symmetric: true, granularity: per_token, static: true}", ["quant.act.gran", "per_tensor"]),
+        ("quant.weight={bit: e2m1, symmetric: true, granularity: per_block}", ["quant.weight.block_size", "missing"]),
         ("save.save_autoawq=true", ["save.save_autoawq", "save_vllm"]),
         ("base.device=cuda:99", ["base.device", "cuda:99", "cpu"]),
         ("ignored_layers={layer_names: [w_proj]}", ["ignored_layers", "matches no layer", "--dry-run"]),
@@ -97,6 +105,20 @@ def test_the_configuration(case, refused, override, said):
 @pytest.mark.parametrize("method", ["GPTQ", "Awq"])
 def test_calibration_text_is_missing_for_a_method_that_needs_it(case, refused, method):
     contains(refused(case(method=method), "calib=null"), "calib", method)
+
+
+@pytest.mark.parametrize(
+    "act", ["{bit: 8, symmetric: true, granularity: per_tensor, static: true}", "{bit: nvfp4}"], ids=["static", "nvfp4"]
+)
+def test_calibration_text_is_missing_for_ranges_of_activations(case, refused, act):
+    contains(refused(case(save={"save_vllm": False}), "calib=null", f"quant.act={act}"), "quant.act (A", "calib")
+
+
+@pytest.mark.parametrize("act", ["{bit: 8, symmetric: true, granularity: per_group, group_size: 48}"])
+def test_groups_of_activations_that_divide_no_layer(case, refused, act):
+    message = refused(case(save={"save_vllm": False}), f"quant.act={act}")
+    contains(message, "quant.act.group_size: 48", "64 input channels of model.layers.0.self_attn.q_proj", "32, 64")
+    contains(message, "per_token", "ignored_layers")
 
 
 def test_a_group_size_that_divides_no_layer_names_the_layer_and_the_sizes_that_would(case, refused):
@@ -116,6 +138,48 @@ def test_a_group_size_that_divides_no_layer_names_the_layer_and_the_sizes_that_w
 )
 def test_a_scheme_that_vllm_cannot_load(case, refused, weight, said):
     contains(refused(case(), f"quant.weight={weight}"), "vLLM", "save_vllm", "save_fake", "Transformers", *said)
+
+
+INT8 = "{bit: 8, symmetric: true, granularity: per_channel}"
+FP8 = "{bit: e4m3, symmetric: true, granularity: per_channel}"
+
+
+@pytest.mark.parametrize(
+    ("weight", "act", "said"),
+    [
+        ("{bit: 4, symmetric: true, granularity: per_channel}", "{bit: 4, symmetric: true, granularity: per_token}",
+         ["W4 channel sym, A4 token sym", "bit: 8", "leave out quant.act"]),
+        ("{bit: 6, symmetric: true, granularity: per_channel}", "{bit: 6, symmetric: true, granularity: per_token}",
+         ["W6 channel sym, A6 token sym", "bit: 8"]),
+        ("{bit: 8, symmetric: false, granularity: per_channel}", "{bit: 8, symmetric: true, granularity: per_token}",
+         ["W8 channel asym", "symmetric weights"]),
+        ("{bit: 8, symmetric: true, granularity: per_group, group_size: 32}",
+         "{bit: 8, symmetric: true, granularity: per_token}", ["W8 g32 sym", "per_channel"]),
+        (INT8, "{bit: 8, symmetric: true, granularity: per_tensor}", ["A8 tensor sym", "one scale per token"]),
+        (INT8, "{bit: e4m3, symmetric: true, granularity: per_token}", ["A8 e4m3 token", "bit: e4m3"]),
+        (FP8, "{bit: e5m2, symmetric: true, granularity: per_token}", ["A8 e5m2 token", "bit: e4m3"]),
+        (FP8, "{bit: e4m3, symmetric: true, granularity: per_group, group_size: 32}", ["A8 e4m3 g32", "one scale per token"]),
+        ("{bit: mxfp4}", "{bit: mxfp4}", ["W4 mxfp4, A4 mxfp4", "bit: e4m3"]),
+        ("{bit: nvfp4}", "null", ["W4 nvfp4", "bit: e4m3"]),
+    ],
+)  # fmt: skip
+def test_activations_that_vllm_cannot_load(case, refused, weight, act, said):
+    message = refused(case(), f"quant.weight={weight}", f"quant.act={act}")
+    contains(message, "vLLM has no kernel", "save_vllm", "nearest", "save_fake", *said)
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        ("{bit: e4m3, symmetric: true, granularity: per_tensor}", ["again where it fuses", "per_channel"]),
+        ("{bit: 8, symmetric: true, granularity: per_channel, scale_dtype: bfloat16}", ["float32", "scale_dtype"]),
+    ],
+    ids=["fp8 per tensor", "narrow scales"],
+)
+def test_eight_bit_weights_that_vllm_would_round_again(case, refused, weight, said):
+    act = "{bit: e4m3, symmetric: true, granularity: per_token}" if "e4m3" in weight else None
+    act = act or "{bit: 8, symmetric: true, granularity: per_token}"
+    contains(refused(case(), f"quant.weight={weight}", f"quant.act={act}"), "vLLM", "save_vllm", *said)
 
 
 def test_linears_that_vllm_fuses_must_be_ignored_together(case, refused):
