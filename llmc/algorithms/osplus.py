@@ -7,6 +7,7 @@ are any. The scale follows from one threshold ``t``: a channel whose extremes ex
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from .base import Algorithm, Needs, Options, SubsetView
 from .search import best_scale
 
-_FEWEST = 100  # thresholds
-_STEP = 0.5  # largest distance between two of them
+_THRESHOLDS = 100
+_STEP = 0.5  # largest distance between two of them, where they are evenly spaced
 _LOWEST = 1.0
 
 
@@ -65,11 +66,17 @@ class OsPlus(Algorithm):
 
 
 def candidates(lo: Tensor, hi: Tensor) -> list[Tensor]:
-    """Scales ``[in]`` for channels of range ``[lo, hi]``, the identity first: one for each threshold, falling to 1."""
+    """Scales ``[in]`` for channels of range ``[lo, hi]``, the identity first: one for each threshold, falling to 1.
+
+    Thresholds are evenly spaced, as in the authors' code, up to a reach of 50. Beyond, that code makes more of them,
+    one for each half: here there are as many as before, and their ratio is even.
+    """
     reach = torch.maximum(-lo, hi)
     largest = float(reach.max())
     found = [torch.ones_like(reach)]
-    if largest > _LOWEST:
-        count = max(_FEWEST, int(largest / _STEP))
-        found += [(reach / threshold).clamp(min=1) for threshold in torch.linspace(largest, _LOWEST, count + 1)[1:]]
-    return found
+    if largest <= _LOWEST:
+        return found
+    thresholds = torch.linspace(largest, _LOWEST, _THRESHOLDS + 1)
+    if largest > _STEP * _THRESHOLDS:
+        thresholds = torch.logspace(math.log10(largest), math.log10(_LOWEST), _THRESHOLDS + 1)
+    return found + [(reach / threshold).clamp(min=1) for threshold in thresholds[1:]]

@@ -155,7 +155,8 @@ def test_osplus_takes_the_best_threshold_of_all(view_of, batches, bias, shifted)
     assert (view.shift is None) == (shift is None)
     x = x if shift is None else x - shift
     top = float(x.abs().max())
-    thresholds = torch.linspace(top, 1, max(100, int(top / 0.5)) + 1)[1:]
+    assert top > 50, "here thresholds are spaced by their ratio"
+    thresholds = top ** (1 - torch.arange(1, 101) / 100)
     scales = [torch.ones(COLUMNS)]
     for threshold in thresholds:
         by_channel = [
@@ -175,4 +176,6 @@ def test_osplus_only_shrinks_what_sticks_out():
     assert len(found) == 1 + 100 and torch.equal(found[0], torch.ones(3))
     torch.testing.assert_close(found[-1], torch.tensor([1.0, 8.0, 6.0]))
     assert all((scale >= 1).all() and scale[0] == 1 for scale in found)
+    thresholds = [8 / float(scale[1]) for scale in found[1:]]
+    assert thresholds == pytest.approx([8 - 0.07 * step for step in range(1, 101)]), "evenly spaced, as published"
     assert candidates(lo / 10, hi / 10)[1:] == []

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
     [
         ({**NAIVE, "bit": 9}, ["quant.kvcache.bit", "2 to 8 bits"]),
         ({**NAIVE, "bit": "e3m2", "symmetric": True}, ["quant.kvcache.bit", "e3m2", "e4m3"]),
-        ({**NAIVE, "bit": "e4m3"}, ["quant.kvcache.symmetric", "must be True"]),
+        ({**NAIVE, "bit": "e4m3"}, ["quant.kvcache.symmetric", "set it to True"]),
         ({**NAIVE, "granularity": "per_head", "head_num": 2}, ["quant.kvcache.granularity", "per_token"]),
         ({**NAIVE, "granularity": "per_group", "group_size": 12}, ["group_size: 12", "16 channels of a head", "8, 16"]),
         ({**NAIVE, "residual_length": 64}, ["quant.kvcache.residual_length", "no use with method Naive"]),
