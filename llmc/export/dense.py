@@ -24,6 +24,15 @@ class FakeQuant(Exporter):
         scales = torch.float32 if self.spec is None else self.spec.product_dtype
         return self.compute if scales == torch.float32 else scales
 
+    def check(self, layers: list[Layer]) -> list[str]:
+        """Any loader will do, but it won't round activations."""
+        if self.act is None or self.transformed_only:
+            return []
+        return [
+            f"{self.name} holds the weights only: whoever loads it doesn't round activations to {self.act.describe()}, "
+            "as the evaluated model does"
+        ]
+
     def nbytes(self, layer: Layer) -> int:
         """Quantized weights in ``dtype``; ignored ones as they were."""
         return layer.rows * layer.columns * (self.stored if layer.spec is None else self.dtype).itemsize
