@@ -27,10 +27,17 @@ class FakeQuant(Exporter):
         return self.compute if scales == torch.float32 else scales
 
     def check(self, layers: list[Layer]) -> list[str]:
-        """Any scheme will do; but a folder of weights can't say what its KV cache is to be."""
-        if self.kv is None or self.transformed_only:
+        """Any loader will do, but it rounds neither activations nor the KV cache."""
+        if self.transformed_only:
             return []
-        return [f"{self.name} holds weights only: whoever loads it decides how the KV cache is quantized"]
+        loose = [f"activations to {self.act.describe()}"] if self.act is not None else []
+        loose += [f"the KV cache to {self.kv.describe()}"] if self.kv is not None else []
+        if not loose:
+            return []
+        return [
+            f"{self.name} holds weights only: whoever loads it doesn't round {' and '.join(loose)}, "
+            "as the evaluated model does"
+        ]
 
     def nbytes(self, layer: Layer) -> int:
         """Quantized weights in ``dtype``; ignored ones as they were."""

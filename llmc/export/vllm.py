@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import Fp8Grid, KvSpec, QuantSpec, UnitRecord
+from ..quant import Fp8Grid, KvSpec, PerBlock, QuantSpec, UnitRecord
 from .base import Exporter, Layer
 from .ct_layouts import Codes, Layout, Packed, input_nbytes, input_tensors
 from .vllm_schemes import PACKED, format_of, scheme_of
@@ -54,6 +54,11 @@ class VLLM(Exporter):
                 raise ExportError(
                     f"{layer.name}: {layer.rows} rows of zero points can't be packed by 8 (save_vllm)",
                     "use symmetric: true, or write save_fake, which Transformers loads",
+                )
+            if layer.spec is not None and len(layer.fused) > 1 and _splits_blocks(layer.rows, layer.spec):
+                raise ExportError(
+                    f"{layer.name}: blocks don't divide its {layer.rows} rows, and vLLM fuses it (save_vllm)",
+                    "use granularity: per_channel, or write save_fake, which Transformers loads",
                 )
         return _slower(layers) if packed else []
 
@@ -134,6 +139,11 @@ def _check_cache(kv: KvSpec) -> None:
             "use method: Naive, bit: e4m3, symmetric: True, granularity: per_tensor, static: True; "
             "or keep it for the evaluation and write save_fake",
         )
+
+
+def _splits_blocks(rows: int, spec: QuantSpec) -> bool:
+    """Whether the rows of the next fused Linear would begin within a block."""
+    return isinstance(spec.granularity, PerBlock) and rows % spec.granularity.size != 0
 
 
 def _slower(layers: list[Layer]) -> list[str]:

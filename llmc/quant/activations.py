@@ -46,7 +46,8 @@ class ActSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.grid.granularity, PerToken | PerGroup | PerTensor):
             raise ValueError("activations share scales per token, group or tensor")
-        if self.grid.is_nvfp4 != (self.observer is not None) and not isinstance(self.grid.granularity, PerTensor):
+        whole = isinstance(self.grid.granularity, PerTensor)  # may be either
+        if not whole and self.grid.is_nvfp4 != (self.observer is not None):
             raise ValueError("static ranges are those of a tensor, or NVFP4's global scale")
 
     def describe(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,17 +13,19 @@ from .activations import ActSpec, InputRange, fake_quantize_inputs
 class InputQuantizer:
     """A forward pre-hook of all Linears that read one tensor. It passes inputs through until it is switched on.
 
-    The Linears of a subset are called with the same tensor one after another, so the last result is kept for the next.
+    The Linears of a subset are called with the same tensor one after another, so a result is kept for the rest of them.
 
     Args:
         spec: the grid.
+        readers: how many Linears share it.
     """
 
-    def __init__(self, spec: ActSpec) -> None:
+    def __init__(self, spec: ActSpec, readers: int = 1) -> None:
         self.spec = spec
         self.found: InputRange | None = None
         self._on = False
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._readers = readers
+        self._kept: _Rounded | None = None
 
     def switch_on(self, found: InputRange | None) -> None:
         """Quantize from now on, with the calibrated range if the grid is static.
@@ -32,13 +35,31 @@ class InputQuantizer:
         """
         if self.spec.observer is not None and found is None:
             raise ValueError(f"{self.spec.describe()} needs a calibrated range")
-        self.found, self._on, self._last = found, True, None
+        self.found, self._on, self._kept = found, True, None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The arguments with the first one, the input, rounded; None to leave them."""
         if not self._on:
             return None
-        inputs = args[0]
-        if self._last is None or self._last[0] is not inputs:
-            self._last = inputs, fake_quantize_inputs(inputs, self.spec, self.found)
-        return (self._last[1], *args[1:])
+        inputs: Tensor = args[0]
+        kept = self._kept
+        if kept is None or not kept.is_of(inputs):
+            rounded = fake_quantize_inputs(inputs, self.spec, self.found)
+            kept = _Rounded(inputs, inputs._version, rounded, self._readers)
+        kept.left -= 1
+        self._kept = kept if kept.left > 0 else None
+        return (kept.rounded, *args[1:])
+
+
+@dataclass
+class _Rounded:
+    """A rounded input and how many Linears are still to read it."""
+
+    inputs: Tensor
+    version: int
+    rounded: Tensor
+    left: int
+
+    def is_of(self, inputs: Tensor) -> bool:
+        """Whether it's the same tensor, not written to since."""
+        return self.inputs is inputs and self.version == inputs._version

@@ -18,6 +18,7 @@ from .spec import QuantSpec
 
 _POINTS = 8  # values that stand for a bin
 _RATIOS = 100  # shares of a range that are tried
+_CHUNK = 1 << 22  # values that are counted at once
 
 
 class Accumulator(Protocol):
@@ -105,16 +106,19 @@ class _Histogram:
     def update(self, inputs: Tensor) -> None:
         """Count values; widen and merge bins until all fit."""
         lo, hi = (float(end) for end in torch.aminmax(inputs))
+        if not (math.isfinite(lo) and math.isfinite(hi)):
+            return  # the block's output won't be finite either, which stops the run
         self._lo, self._hi = min(self._lo, lo), max(self._hi, hi)
         while self._last() - self._floor(self._lo) >= self._bins:
             self._double()
-        # Dividing by a power of two is exact.
-        index = torch.floor(inputs.flatten().double() / 2.0**self._exponent).long() - self._floor(self._lo)
-        new = torch.bincount(index, minlength=self._last() - self._floor(self._lo) + 1).cpu()
+        first, last = self._floor(self._lo), self._last()
+        new = torch.zeros(last - first + 1, dtype=torch.int64)
+        for part in torch.split(inputs.flatten(), _CHUNK):
+            index = torch.floor(part.double() / 2.0**self._exponent).long()  # dividing by a power of two is exact
+            new += torch.bincount(index - first, minlength=len(new)).cpu()
         if len(self._counts):
-            start = self._first - self._floor(self._lo)
-            new[start : start + len(self._counts)] += self._counts
-        self._counts, self._first = new, self._floor(self._lo)
+            new[self._first - first :][: len(self._counts)] += self._counts
+        self._counts, self._first = new, first
 
     def _floor(self, value: float) -> int:
         return math.floor(value / 2.0**self._exponent)

@@ -21,7 +21,7 @@ class BlockInputs:
         self._quantizers: dict[str, InputQuantizer] = {}
         for key, linears in readers.items():
             if spec is not None and linears:
-                self._quantizers[key] = InputQuantizer(spec)
+                self._quantizers[key] = InputQuantizer(spec, len(linears))
         self._hooks = [
             linear.register_forward_pre_hook(quantizer)
             for key, quantizer in self._quantizers.items()

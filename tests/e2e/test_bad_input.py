@@ -158,11 +158,7 @@ FP8 = "{bit: e4m3, symmetric: true, granularity: per_channel}"
         (INT8, "{bit: 8, symmetric: true, granularity: per_tensor}", ["A8 tensor sym", "one scale per token"]),
         (INT8, "{bit: e4m3, symmetric: true, granularity: per_token}", ["A8 e4m3 token", "bit: e4m3"]),
         (FP8, "{bit: e5m2, symmetric: true, granularity: per_token}", ["A8 e5m2 token", "bit: e4m3"]),
-        (
-            FP8,
-            "{bit: e4m3, symmetric: true, granularity: per_group, group_size: 32}",
-            ["A8 e4m3 g32", "one scale per token"],
-        ),
+        (FP8, "{bit: e4m3, symmetric: true, granularity: per_group, group_size: 32}", ["A8 e4m3 g32", "per token"]),
         ("{bit: mxfp4}", "{bit: mxfp4}", ["W4 mxfp4, A4 mxfp4", "bit: e4m3"]),
         ("{bit: nvfp4}", "null", ["W4 nvfp4", "bit: e4m3"]),
     ],

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from llmc.errors import ExportError
 from llmc.export import Layer, check_shard
+from llmc.export.dense import FakeQuant, Transformed
 from llmc.export.vllm import VLLM
 from llmc.quant import (
     ActSpec,
@@ -122,6 +123,21 @@ def test_the_config_says_what_is_stored(name):
     assert given.strategy == {PerToken: "token", PerTensor: "tensor", PerGroup: "group"}[type(act.grid.granularity)]
     assert (given.dynamic, given.symmetric) == ("static" not in name, "asym" not in name)
     assert given.type == ("int" if spec.grid == "int" else "float")
+
+
+def test_blocks_that_would_straddle_two_fused_linears_are_refused():
+    spec, act = LOADABLE["fp8 blocks"]
+    with pytest.raises(ExportError, match="divide its 192 rows") as error:
+        exporter(spec, act).check([Layer(name, 192, 256, spec, ("q", "k"), act) for name in ("q", "k")])
+    assert "per_channel" in error.value.remedy
+    assert exporter(spec, act).check([Layer(name, 256, 256, spec, ("q", "k"), act) for name in ("q", "k")]) == []
+
+
+def test_the_fake_quantized_folder_says_that_activations_are_not_in_it():
+    (warning,) = FakeQuant(INT8, torch.bfloat16, torch.float32, ActSpec(TOKEN8)).check([])
+    assert "save_fake" in warning
+    assert "A8 token sym" in warning
+    assert Transformed(INT8, torch.bfloat16, torch.float32, ActSpec(TOKEN8)).check([]) == []
 
 
 def test_linears_that_are_fused_are_quantized_alike():

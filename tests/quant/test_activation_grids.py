@@ -24,6 +24,7 @@ from llmc.quant import (
     fake_quantize_inputs,
     static_qparams,
 )
+from llmc.quant import linear as linear_module
 
 E8M0, E4M3 = torch.float8_e8m0fnu, torch.float8_e4m3fn
 INT = {"type": "int", "dynamic": True}
@@ -210,6 +211,7 @@ def test_odd_inputs(observer):
     assert accumulated(observer, [torch.zeros(2, 3, 4)]) == (0.0, 0.0)
     lo, hi = accumulated(observer, [torch.full((2, 3, 4), 5.0)])
     assert lo in (0.0, 5.0) and hi == 5.0
+    accumulated(observer, [torch.tensor([[[torch.inf, torch.nan]]])])  # the engine refuses the block
     lo, hi = accumulated(observer, [torch.tensor([[[-3e38, 3e38]]])])
     assert -3.01e38 < lo < 0 < hi < 3.01e38
 
@@ -230,6 +232,20 @@ def test_a_linear_multiplies_the_rounded_input_once_switched_on():
         linear(x * 2), nn.functional.linear(fake_quantize_inputs(x * 2, quantizer.spec), linear.weight, linear.bias)
     )
     assert not torch.equal(rounded, plain)
+
+
+def test_an_input_is_rounded_once_for_all_its_readers_and_again_when_it_was_written_to(monkeypatch):
+    rounded = []
+    monkeypatch.setattr(linear_module, "fake_quantize_inputs", lambda x, *rest: (rounded.append(1), x.round())[1])
+    quantizer, module = InputQuantizer(ActSpec(QuantSpec(8, True, PerToken())), readers=3), nn.Identity()
+    quantizer.switch_on(None)
+    x, y = torch.full((1, 2), 1.4), torch.full((1, 2), 5.4)
+    assert [float(quantizer(module, (x,))[0][0, 0]) for _ in range(3)] == [1, 1, 1]
+    assert len(rounded) == 1
+    assert quantizer._kept is None  # nothing is held behind the last reader
+    assert [float(quantizer(module, (z,))[0][0, 0]) for z in (x, y, x)] == [1, 5, 1]
+    x += 2
+    assert float(quantizer(module, (x,))[0][0, 0]) == 3
 
 
 def test_a_static_quantizer_needs_its_range():
