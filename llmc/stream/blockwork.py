@@ -142,7 +142,7 @@ class BlockWork:
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if step.algorithm.kind == "transform" else unheaped():
                 step.algorithm.subset(view)
-            self._accept(view)
+                self._accept(view)
             if step.algorithm.kind == "quantizer":
                 found = None if statistics.ranges is None else InputRange(*statistics.ranges.range())
                 self.inputs.switch_on(_key(view.subset), found)

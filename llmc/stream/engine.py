@@ -23,7 +23,7 @@ from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
 from .edges import Edges
 from .journal import Journal
-from .memory import give_back_memory, short_collections
+from .memory import give_back_memory, short_collections, unheaped
 from .sink import Sink
 from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
 from .source import BlockSource
@@ -232,9 +232,10 @@ class Engine:
         self._listener.phase(f"block {index + 1}/{self._count}")
         raw = self._timed("read", lambda: self._source.take(unit))
         self._source.prefetch(block_unit(index + 1) if index + 1 < self._count else HEAD)
-        check_finite(raw)
         stored = {self._skeleton.parameter_of[name]: (name, tensor.dtype) for name, tensor in raw.items()}
-        self._skeleton.load(raw)
+        with unheaped():
+            check_finite(raw)
+            self._skeleton.load(raw)
         del raw
         give_back_memory()
         block = self._skeleton.blocks[index]
