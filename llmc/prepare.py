@@ -27,6 +27,7 @@ from .stream.skeleton import load_config as load_model_config
 from .translate import (
     batched,
     calibration_spec,
+    check_layers,
     evaluation_spec,
     make_compute_dtype,
     make_device,
@@ -117,6 +118,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
+    check_layers(recipe, subsets)
     frame = _frame(recipe, adapter, model_config.get_text_config())
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)

@@ -10,6 +10,7 @@ from .base import (
     Options,
     Statistics,
     SubsetView,
+    is_named,
     new_statistics,
 )
 from .recipe import Ignored, Recipe, Step, make_recipe
@@ -29,6 +30,7 @@ __all__ = [
     "Statistics",
     "Step",
     "SubsetView",
+    "is_named",
     "make_recipe",
     "new_statistics",
     "options_types",

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Algorithm, Needs, Options, SubsetView
+from .base import Algorithm, Layers, Needs, Options, SubsetView
 from .search import best_scale
 
 _THRESHOLDS = 100
@@ -25,6 +25,7 @@ _LOWEST = 1.0
 class OsPlusOptions(Options):
     """Options of Outlier Suppression+."""
 
+    layers: Layers = None
     shift: bool | None = Field(
         default=None,
         description="Shift channels to the middle of their range; by default where the norm and the Linears have "
@@ -39,9 +40,11 @@ class OsPlus(Algorithm):
     kind = "transform"
     options_type: ClassVar[type[Options]] = OsPlusOptions
     statistics = frozenset({"channel_range"})
+    works_on = frozenset({"residual"})
 
     def __init__(self, options: OsPlusOptions) -> None:
         self.options = options
+        self.layers = options.layers
 
     def needs(self, *, quant_out: bool | None) -> Needs:
         """The original model's activations calibrate it, unless ``quant_out`` asks otherwise."""

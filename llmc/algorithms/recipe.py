@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from ..errors import ConfigError
 from ..quant import ActSpec, KvSpec, QuantSpec, Sparsity
-from .base import Algorithm, Needs
+from .base import Algorithm, Needs, is_named
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
 
@@ -34,7 +34,7 @@ class Ignored:
         if not self.layers:
             return self.blocks is not None and block in self.blocks
         in_blocks = self.blocks is None or block in self.blocks
-        return in_blocks and any(name == layer or name.endswith(f".{layer}") for layer in self.layers)
+        return in_blocks and any(is_named(name, layer) for layer in self.layers)
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,10 @@ class BlockWork:
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
         views: list[SubsetView] = []
+        subsets = [subset for subset in self.context.subsets if step.algorithm.covers(subset)]
 
         def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
-            view = self._view(self.context.subsets[position], statistics, calls)
+            view = self._view(subsets[position], statistics, calls)
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if step.algorithm.kind == "transform" else unheaped():
                 step.algorithm.subset(view)
@@ -151,11 +152,11 @@ class BlockWork:
             trim_heap()
 
         if run is None:
-            for position in range(len(self.context.subsets)):
+            for position in range(len(subsets)):
                 solve(position, Statistics(), None)
         else:
             searching = step.algorithm.kind == "transform"
-            stages = [self._stage(subset, step, searching=searching) for subset in self.context.subsets]
+            stages = [self._stage(subset, step, searching=searching) for subset in subsets]
             with run.attention():
                 self._runner(step, searching)(run, stages, solve, keep=keep)
         for view in views:
