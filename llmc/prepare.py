@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, set_seed
+from transformers import AutoTokenizer, set_seed
 
-from .algorithms import Frame, Recipe
+from .algorithms import Frame, Online, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import DataError, ExportError
@@ -118,8 +118,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
-    check_layers(recipe, subsets)
-    frame = _frame(recipe, adapter, model_config.get_text_config())
+    frame = _frame(recipe, adapter, skeleton)
+    online = recipe.online(frame)
+    check_layers(recipe, [online.cut(subset) for subset in subsets])
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, stored, compute)
@@ -127,6 +128,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     _check_groups(recipe, exporters)
+    _check_online(online, exporters)
     tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
     calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
     _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
@@ -160,7 +162,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     )
 
 
-def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> Frame | None:
+def _frame(recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton) -> Frame | None:
     """What transforms at loading may know of the model; None where there is no such step.
 
     Raises:
@@ -168,9 +170,17 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> F
     """
     if not recipe.at_load:
         return None
-    return Frame(
-        adapter.subsets(config), heads_of(config), residual_of(adapter, config), config.hidden_size, recipe.seed
-    )
+    config = skeleton.model.config.get_text_config()
+    subsets, declared = adapter.subsets(config), residual_of(adapter, config)
+    widths = {
+        block.get_submodule(name).weight.shape[1]
+        for block in skeleton.blocks
+        for subset in subsets
+        if subset.reads == "ffn"
+        for name in subset.linears
+    }
+    ffn = widths.pop() if len(widths) == 1 else 0
+    return Frame(subsets, heads_of(config), declared, config.hidden_size, recipe.seed, ffn)
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
@@ -182,6 +192,17 @@ def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
             f"quant.special: actorder: true with static_groups: false leaves groups that {unable[0]} can't express "
             "(vLLM no longer loads an index of groups)",
             "set static_groups: true, or actorder: group_aware, or write save_fake, which Transformers loads",
+        )
+
+
+def _check_online(online: Online, exporters: Sequence[Exporter]) -> None:
+    unable = [exporter.name for exporter in exporters]
+    if online != Online() and unable:
+        raise ExportError(
+            f"quant.special: online_rotate: True with {unable[0]}: the model must rotate the input of its last "
+            "feed-forward Linear while it runs, which no plain checkpoint makes it do",
+            "set online_rotate: False, and let AWQ even that input out: method [Quarot, Awq, GPTQ], "
+            "special: {Awq: {layers: [down_proj]}}; or remove the save_* keys and evaluate only",
         )
 
 

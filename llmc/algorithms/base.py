@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
+from ..linalg import OnlineRotation
 from ..models import Heads, Residual, ScaleRule, Space, Subset, scale_rule
 from ..quant import Accumulator, ActSpec, QuantSpec, QWeight, Sparsity
 from .stats import AbsMax, AbsMean, ChannelRange, Gram, SumSquares
@@ -239,6 +240,7 @@ class Frame:
         residual: who writes and reads the residual outside of the blocks.
         width: channels of the residual.
         seed: ``base.seed``, of every random choice.
+        ffn: channels between the feed-forward's Linears; 0 where blocks differ.
     """
 
     subsets: tuple[Subset, ...]
@@ -246,6 +248,28 @@ class Frame:
     residual: Residual
     width: int
     seed: int
+    ffn: int = 0
+
+
+@dataclass(frozen=True)
+class Online:
+    """Rotations that run with a changed model.
+
+    Attributes:
+        ffn: of what the Linears read that read the space ``ffn``; these hold its inverse (R4).
+        keys: of each head of queries and keys, behind the rotary embedding; their products stay what they are (R3).
+    """
+
+    ffn: OnlineRotation | None = None
+    keys: OnlineRotation | None = None
+
+    def of_input(self, subset: Subset) -> OnlineRotation | None:
+        """How a subset's shared input is rotated before it's read."""
+        return self.ffn if subset.reads == "ffn" else None
+
+    def cut(self, subset: Subset) -> Subset:
+        """The subset as later steps see it: through a rotation no operation in front absorbs a scale."""
+        return subset if self.of_input(subset) is None else replace(subset, prev=None)
 
 
 class Algorithm:
@@ -309,6 +333,10 @@ class Algorithm:
     def hidden(self, hidden: Tensor, frame: Frame) -> Tensor:
         """The hidden state ``[..., width]`` between two blocks of the changed model, given the original's."""
         raise NotImplementedError
+
+    def online(self, frame: Frame) -> Online:
+        """What must run with the changed model."""
+        return Online()
 
     def warnings(self, frame: Frame) -> list[str]:
         """What the user should know before a weight is read."""

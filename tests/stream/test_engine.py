@@ -72,6 +72,7 @@ class Pass:
     calib: list[Tensor]
     evaluation: list[Tensor]
     method: str = "RTN"  # or several, joined by +
+    options: dict[str, Any] = field(default_factory=dict)
     quant_out: bool | None = None
     forward: str = "auto"
     checkpoint_every: int = 2
@@ -88,7 +89,9 @@ class Pass:
 
     def recipe(self) -> Recipe:
         methods, quant_out = self.method.split("+"), self.quant_out
-        return make_recipe(methods, {}, self.spec, self.ignored, quant_out=quant_out, act=self.act, kv=self.kv)
+        return make_recipe(
+            methods, self.options, self.spec, self.ignored, quant_out=quant_out, act=self.act, kv=self.kv
+        )
 
     def sinks(self) -> list[Sink]:
         made = []
@@ -109,7 +112,7 @@ class Pass:
         config, subsets, heads = self.tiny.config, self.tiny.subsets, heads_of(self.tiny.config)
         frame = None
         if recipe.at_load:
-            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0)
+            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0, ffn=128)
         try:
             return Engine(
                 skeleton=skeleton,
