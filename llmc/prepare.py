@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, set_seed
 
 from .algorithms import Frame, Online, Recipe
@@ -121,14 +121,14 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     frame = _frame(recipe, adapter, skeleton)
     online = recipe.online(frame)
     check_layers(recipe, [online.cut(subset) for subset in subsets])
-    layers = make_layers(skeleton, entries, subsets, recipe)
+    layers = make_layers(skeleton, entries, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, stored, compute)
+    _check_online(online, exporters)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     _check_groups(recipe, exporters)
-    _check_online(online, exporters)
     tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
     calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
     _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
@@ -172,13 +172,9 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton) -> Frame |
         return None
     config = skeleton.model.config.get_text_config()
     subsets, declared = adapter.subsets(config), residual_of(adapter, config)
-    widths = {
-        block.get_submodule(name).weight.shape[1]
-        for block in skeleton.blocks
-        for subset in subsets
-        if subset.reads == "ffn"
-        for name in subset.linears
-    }
+    names = [name for subset in subsets if subset.reads == "ffn" for name in subset.linears]
+    linears = [block.get_submodule(name) for block in skeleton.blocks for name in names]
+    widths = {linear.in_features for linear in linears if isinstance(linear, nn.Linear)}
     ffn = widths.pop() if len(widths) == 1 else 0
     return Frame(subsets, heads_of(config), declared, config.hidden_size, recipe.seed, ffn)
 
@@ -196,13 +192,13 @@ def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
 
 
 def _check_online(online: Online, exporters: Sequence[Exporter]) -> None:
-    unable = [exporter.name for exporter in exporters]
+    unable = [exporter.name for exporter in exporters if not exporter.runs_rotations]
     if online != Online() and unable:
         raise ExportError(
             f"quant.special: online_rotate: True with {unable[0]}: the model must rotate the input of its last "
             "feed-forward Linear while it runs, which no plain checkpoint makes it do",
             "set online_rotate: False, and let AWQ even that input out: method [Quarot, Awq, GPTQ], "
-            "special: {Awq: {layers: [down_proj]}}; or remove the save_* keys and evaluate only",
+            "special: {Awq: {layers: [down_proj]}}; or write save_vllm; or evaluate only",
         )
 
 

@@ -8,9 +8,9 @@ architecture. If asked, R4 (input of the last feed-forward Linear; section 4, st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -33,6 +33,17 @@ class QuarotOptions(Options):
     fp32_had: bool = Field(
         default=True, description="Compute the online rotations in float32 where the model computes in 16 bits."
     )
+    online_blocks: bool = Field(
+        default=False,
+        description="Rotate the input of the last feed-forward Linear in blocks of the largest power of two that "
+        "divides it, as vLLM can, rather than as a whole.",
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.online_blocks and not self.online_rotate:
+            raise ValueError("online_blocks has no use without online_rotate: True; remove it, or add that")
+        return self
 
 
 class Quarot(Algorithm):
@@ -74,7 +85,8 @@ class Quarot(Algorithm):
         """
         if not self.options.online_rotate:
             return Online()
-        ffn = self._online(frame.ffn, "channels between the feed-forward's Linears")
+        size = frame.ffn & -frame.ffn if self.options.online_blocks else frame.ffn  # its lowest bit, or all of it
+        ffn = self._online(size, "channels between the feed-forward's Linears")
         return Online(ffn, self._online(frame.heads.dim, "channels of a head"))
 
     def warnings(self, frame: Frame) -> list[str]:

@@ -45,9 +45,9 @@ def best_in_order(view: SubsetView, scales: Sequence[Tensor], *, shift: Tensor |
         scales: ``[in]`` each; the first is the identity, which stays a candidate to the end.
         shift: as above.
     """
-    coarse = sorted({0, *range(_STRIDE, len(scales), _STRIDE), len(scales) - 1})
+    coarse: list[int] = sorted({0, *range(_STRIDE, len(scales), _STRIDE), len(scales) - 1})
     at = coarse[best_scale(view, [scales[index] for index in coarse], full=False, shift=shift)]
-    near = sorted({0, *range(max(at - _STRIDE, 0) + 1, min(at + _STRIDE, len(scales)))})
+    near: list[int] = sorted({0, *range(max(at - _STRIDE, 0) + 1, min(at + _STRIDE, len(scales)))})
     return near[best_scale(view, [scales[index] for index in near], full=False, shift=shift)]
 
 

@@ -41,7 +41,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class OnlineRotation:
-    """``H / √n``, orthogonal, as a running model multiplies activations by it.
+    """``H / √n``, orthogonal, as a running model multiplies each run of ``n`` channels by it.
 
     Attributes:
         basis: the Hadamard matrix ``H``, of order ``n``.
@@ -52,9 +52,13 @@ class OnlineRotation:
     single: bool = True
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """``rows @ H / √n`` for ``rows`` ``[..., n]``, in their dtype. Weights are given in float64."""
+        """``rows @ H / √n`` for ``rows`` ``[..., m n]``, each of the ``m`` runs by itself, in their dtype.
+
+        Weights are given in float64.
+        """
         dtype = torch.promote_types(rows.dtype, torch.float32) if self.single else rows.dtype
-        return self.basis.multiply(rows.to(dtype)).div_(math.sqrt(self.basis.order)).to(rows.dtype)
+        runs = rows.to(dtype).reshape(-1, self.basis.order)
+        return self.basis.multiply(runs).div_(math.sqrt(self.basis.order)).reshape(rows.shape).to(rows.dtype)
 
 
 @lru_cache(maxsize=4)

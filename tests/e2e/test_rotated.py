@@ -115,8 +115,8 @@ def test_a_killed_run_over_a_tied_model_ends_with_the_same_bytes(case, source_of
         ("opt-post-norm", [], ["can't be rotated", "norms stand behind each addition", "method without a rotation"]),
         (
             "llama",
-            ["quant.special={Quarot: {online_rotate: true}}"],
-            ["quant.special.Quarot.online_rotate", "isn't available", "R1 and R2"],
+            ["quant.special={Quarot: {online_blocks: true}}"],
+            ["quant.special.Quarot", "online_blocks has no use without online_rotate"],
         ),
         ("llama", ["quant.method=[Awq, Quarot]"], ["Quarot must come first", "['Quarot', 'Awq', 'RTN']"]),
         ("llama", ["quant.special={Quarot: {rotate_mode: hadamrd}}"], ["rotate_mode", "hadamard", "random"]),

@@ -74,6 +74,12 @@ def test_an_online_rotation_is_the_dense_hadamard_matrix(size):
     torch.testing.assert_close(dense @ dense.T, torch.eye(size).double(), rtol=0, atol=1e-12)
 
 
+def test_an_online_rotation_of_fewer_channels_turns_each_run_of_them_by_itself():
+    rows = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense = torch.block_diag(*[hadamard(8).matrix().double() / 8**0.5] * 3)
+    torch.testing.assert_close(OnlineRotation(hadamard(8))(rows), rows @ dense, rtol=0, atol=1e-14)
+
+
 def test_an_online_rotation_computes_16_bits_in_float32_if_asked():
     rows = torch.randn(5, 3, 1536, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = OnlineRotation(hadamard(1536))(rows.double())
