@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .algorithms import Recipe
+from .algorithms import Online, Recipe
 from .errors import ConfigError, ModelError
 from .export import Exporter, Layer
 from .models import Subset
@@ -43,9 +43,13 @@ class Estimate:
 
 
 def make_layers(
-    skeleton: Skeleton, entries: Mapping[str, TensorEntry], subsets: tuple[Subset, ...], recipe: Recipe
+    skeleton: Skeleton,
+    entries: Mapping[str, TensorEntry],
+    subsets: tuple[Subset, ...],
+    recipe: Recipe,
+    online: Online | None = None,
 ) -> list[Layer]:
-    """Every Linear of every block with its grid.
+    """Every Linear of every block with its grid, and what rotates its input while the model runs.
 
     Raises:
         ModelError: the adapter names a Linear that a block doesn't have.
@@ -69,7 +73,10 @@ def make_layers(
                 touched |= recipe.ignored.covers(*place)
                 spec, sparsity = recipe.spec_of(*place), recipe.sparsity_of(*place)
                 act = None if spec is None else recipe.act
-                layers.append(Layer(full, rows, columns, spec, tuple(fused), sparsity, act))
+                rotation = None if online is None else online.of_input(subset)
+                rotated = None if rotation is None else rotation.basis.order
+                biased = f"{full}.bias" in entries
+                layers.append(Layer(full, rows, columns, spec, tuple(fused), sparsity, act, rotated, biased))
     _check_groups(layers)
     _check_runs(layers)
     if recipe.steps and recipe.ignored.asked and not touched:

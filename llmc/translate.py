@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .algorithms import ALGORITHMS, Ignored, Recipe, make_recipe
+from .algorithms import ALGORITHMS, Algorithm, Ignored, Recipe, is_named, make_recipe
 from .config import Config
 from .config.schema import EvalConfig
+from .config.suggest import did_you_mean
 from .data import CalibrationSpec, EvaluationSpec
 from .errors import ConfigError
 from .export import EXPORTERS, Exporter
+from .models import Subset
 from .quant import KvSpec, QuantSpec, Sparsity
 from .schemes import SCALE_DTYPES, act_spec, unavailable, weight_spec
 from .translate_kv import unavailable_cache
@@ -108,6 +110,47 @@ def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) ->
             "add calib with name, n_samples, seq_len and preproc",
         )
     return recipe
+
+
+def check_layers(recipe: Recipe, subsets: Sequence[Subset]) -> None:
+    """Whether every transform that is limited to some Linears can do with those of a block.
+
+    Raises:
+        ConfigError: a name means none of them, only some of those that read one input, or one that the method can't
+            change.
+    """
+    for step in recipe.steps:
+        for name in step.algorithm.layers or ():
+            _check_layer(step.algorithm, name, subsets)
+
+
+def _check_layer(algorithm: Algorithm, name: str, subsets: Sequence[Subset]) -> None:
+    key, named = f"quant.special: layers of {algorithm.name}", algorithm.layers or ()
+    linears = [linear for subset in subsets for linear in subset.linears]
+    meant = [subset for subset in subsets if any(is_named(linear, name) for linear in subset.linears)]
+    if not meant:
+        short = [linear.rpartition(".")[2] for linear in linears]
+        raise ConfigError(
+            f"{key}: a block has no Linear {name!r}{did_you_mean(name, [*short, *linears])}",
+            f"its Linears are {', '.join(linears)}",
+        )
+    for subset in meant:
+        without = [linear for linear in subset.linears if not any(is_named(linear, other) for other in named)]
+        if without:
+            raise ConfigError(
+                f"{key}: {name} is named without {', '.join(without)}: they read one input, which a scale changes for "
+                "all of them",
+                "name all of them, or none",
+            )
+        if not algorithm.covers(subset):
+            raise ConfigError(
+                f"{key}: no norm feeds {name}, and {algorithm.name} changes only what one feeds",
+                "leave it out; Awq changes other Linears too",
+            )
+        if algorithm.folds and subset.prev is None:
+            raise ConfigError(
+                f"{key}: nothing in front of {name} can absorb a scale of its input", f"leave {name} out of them"
+            )
 
 
 def _methods(config: Config) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
-from ..models import Heads, Residual, ScaleRule, Subset, scale_rule
+from ..linalg import OnlineRotation
+from ..models import Heads, Residual, ScaleRule, Space, Subset, scale_rule
 from ..quant import Accumulator, ActSpec, QuantSpec, QWeight, Sparsity
 from .stats import AbsMax, AbsMean, ChannelRange, Gram, SumSquares
 
@@ -20,6 +21,28 @@ class Options(BaseModel):
     """Base of the options of a method: the keys of ``quant.special`` in a YAML file. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _names(value: object) -> object:
+    """A YAML list, or a name alone, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Layers = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_names),
+    Field(
+        min_length=1,
+        description="The Linears that it changes, such as [down_proj]; those that read one input (q, k, v; gate, up) "
+        "belong together. By default all.",
+    ),
+]
+"""An option of transforms: the Linears they are limited to, by their names in a block or the last part of these."""
+
+
+def is_named(linear: str, name: str) -> bool:
+    """Whether ``name``, such as ``down_proj`` or ``mlp.down_proj``, means the Linear with this name in its block."""
+    return linear == name or linear.endswith(f".{name}")
 
 
 @dataclass(frozen=True)
@@ -217,6 +240,7 @@ class Frame:
         residual: who writes and reads the residual outside of the blocks.
         width: channels of the residual.
         seed: ``base.seed``, of every random choice.
+        ffn: channels between the feed-forward's Linears; 0 where blocks differ.
     """
 
     subsets: tuple[Subset, ...]
@@ -224,6 +248,28 @@ class Frame:
     residual: Residual
     width: int
     seed: int
+    ffn: int = 0
+
+
+@dataclass(frozen=True)
+class Online:
+    """Rotations that run with a changed model.
+
+    Attributes:
+        ffn: of what the Linears read that read the space ``ffn``; these hold its inverse (R4).
+        keys: of each head of queries and keys, behind the rotary embedding; their products stay what they are (R3).
+    """
+
+    ffn: OnlineRotation | None = None
+    keys: OnlineRotation | None = None
+
+    def of_input(self, subset: Subset) -> OnlineRotation | None:
+        """How a subset's shared input is rotated before it's read."""
+        return self.ffn if subset.reads == "ffn" else None
+
+    def cut(self, subset: Subset) -> Subset:
+        """The subset as later steps see it: through a rotation no operation in front absorbs a scale."""
+        return subset if self.of_input(subset) is None else replace(subset, prev=None)
 
 
 class Algorithm:
@@ -246,9 +292,23 @@ class Algorithm:
     works_without_grid: ClassVar[bool] = False
     """Whether it may be named in a run that leaves the weights as they are."""
 
+    works_on: ClassVar[frozenset[Space]] = frozenset({"residual", "heads", "ffn"})
+    """The spaces whose readers it changes."""
+
+    layers: tuple[str, ...] | None = None
+    """The Linears that it's limited to; None: all."""
+
+    folds: bool = True
+    """Of a transform with data: whether it moves a scale into what is in front of a subset."""
+
     def needs(self, *, quant_out: bool | None) -> Needs:
         """What to ask of the engine, given ``quant_out`` (of a pruner: ``sparsity_out``); None: its own habit."""
         raise NotImplementedError
+
+    def covers(self, subset: Subset) -> bool:
+        """Whether it is given a subset: one that it works on and, if it's limited to some Linears, with one of them."""
+        named = self.layers is None or any(is_named(linear, name) for name in self.layers for linear in subset.linears)
+        return named and subset.reads in self.works_on
 
     def scatters_groups(self, spec: QuantSpec) -> bool:
         """Whether its groups aren't runs of consecutive columns, so that a checkpoint would need an index of them."""
@@ -273,6 +333,10 @@ class Algorithm:
     def hidden(self, hidden: Tensor, frame: Frame) -> Tensor:
         """The hidden state ``[..., width]`` between two blocks of the changed model, given the original's."""
         raise NotImplementedError
+
+    def online(self, frame: Frame) -> Online:
+        """What must run with the changed model."""
+        return Online()
 
     def warnings(self, frame: Frame) -> list[str]:
         """What the user should know before a weight is read."""

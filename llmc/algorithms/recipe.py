@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from ..errors import ConfigError
 from ..quant import ActSpec, KvSpec, QuantSpec, Sparsity
-from .base import Algorithm, Needs
+from .base import Algorithm, Frame, Needs, Online, is_named
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
 
@@ -34,7 +34,7 @@ class Ignored:
         if not self.layers:
             return self.blocks is not None and block in self.blocks
         in_blocks = self.blocks is None or block in self.blocks
-        return in_blocks and any(name == layer or name.endswith(f".{layer}") for layer in self.layers)
+        return in_blocks and any(is_named(name, layer) for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class Recipe:
     def at_load(self) -> tuple[Algorithm, ...]:
         """The transforms that change weights as they're loaded."""
         return tuple(step.algorithm for step in self.steps if step.at_load)
+
+    def online(self, frame: Frame | None) -> Online:
+        """What must run with the model that those made; there is a frame where there are any."""
+        found = () if frame is None else (algorithm.online(frame) for algorithm in self.at_load)
+        return next((one for one in found if one != Online()), Online())
 
     @property
     def in_block(self) -> tuple[Step, ...]:

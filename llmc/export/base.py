@@ -31,6 +31,8 @@ class Layer:
         fused: the checkpoint names of all Linears that a backend fuses with it (q, k, v; gate, up).
         sparsity: how much of it is pruned; None if nothing is.
         act: the grid of its inputs; None if they stay as they are.
+        rotated: order of the Hadamard matrix by which runs of its input are multiplied while the model runs; or None.
+        biased: whether it has a bias.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Layer:
     fused: tuple[str, ...]
     sparsity: Sparsity | None = None
     act: ActSpec | None = None
+    rotated: int | None = None
+    biased: bool = False
 
     def describe(self) -> str:
         """What happens to it, such as ``W8 channel sym, A8 token sym``; empty if nothing does."""
@@ -64,6 +68,9 @@ class Exporter:
 
     stores_group_index: ClassVar[bool] = True
     """Whether it can express groups that aren't runs of consecutive columns."""
+
+    runs_rotations: ClassVar[bool] = False
+    """Whether its backend can rotate the input of a Linear while it runs; ``check`` says which."""
 
     def __init__(
         self,

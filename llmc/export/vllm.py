@@ -18,6 +18,7 @@ from ..errors import ExportError
 from ..quant import Fp8Grid, KvSpec, PerBlock, QuantSpec, UnitRecord
 from .base import Exporter, Layer
 from .ct_layouts import Codes, Layout, Packed, input_nbytes, input_tensors
+from .vllm_rotations import check_rotations, transforms
 from .vllm_schemes import PACKED, format_of, scheme_of
 
 _DENSE = "dense"
@@ -34,9 +35,11 @@ class VLLM(Exporter):
     name = "save_vllm"
     folder = "vllm_quant_model"
     stores_group_index = False
+    runs_rotations = True
 
     def check(self, layers: list[Layer]) -> list[str]:
         """vLLM has kernels for few schemes, and runs Linears that it fuses with one."""
+        turned = check_rotations(layers, self.kv)
         if self.kv is not None:
             _check_cache(self.kv)
             if self.spec is None:
@@ -60,7 +63,7 @@ class VLLM(Exporter):
                     f"{layer.name}: blocks don't divide its {layer.rows} rows, and vLLM fuses it (save_vllm)",
                     "use granularity: per_channel, or write save_fake, which Transformers loads",
                 )
-        return _slower(layers) if packed else []
+        return turned + (_slower(layers) if packed else [])
 
     def nbytes(self, layer: Layer) -> int:
         """Codes, scales and what else the format stores."""
@@ -109,7 +112,8 @@ class VLLM(Exporter):
             ignore=[] if self.spec is None else ["lm_head", *ignored, *_ROUTERS],
             kv_cache_scheme=None if self.kv is None else _CACHE_SCHEME,
         ).model_dump(mode="json")
-        return {**original, "quantization_config": {**quantization, "quant_method": "compressed-tensors"}}
+        quantization |= {"quant_method": "compressed-tensors"} | transforms(layers)
+        return {**original, "quantization_config": quantization}
 
     def serve(self, folder: Path) -> str:
         """vLLM's own server."""

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import ClipRatios, Frame, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
+from ..algorithms import ClipRatios, Frame, LayerNote, Online, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import InputRange, KvRanges, KvSpec, QuantSpec, QWeight, UnitRecord, bind_global_scale, cache_qparams
 from .inputs import BlockInputs
@@ -21,7 +21,8 @@ from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_to
 
 @dataclass(frozen=True)
 class WorkContext:
-    """What is the same for all blocks. The frame is there if a transform changes weights as they're loaded."""
+    """What is the same for all blocks. The frame is there if a transform changes weights as they're loaded; ``online``
+    is what runs with the model that it made."""
 
     recipe: Recipe
     subsets: tuple[Subset, ...]
@@ -29,6 +30,7 @@ class WorkContext:
     device: torch.device
     forward: Literal["auto", "staged", "replay"]
     frame: Frame | None = None
+    online: Online = field(default_factory=Online)
 
 
 @dataclass
@@ -69,7 +71,13 @@ class BlockWork:
             _key(subset): [self._linear(name) for name in subset.linears if self._spec_of(name) is not None]
             for subset in self.context.subsets
         }
-        self.inputs = BlockInputs(recipe.act if recipe.steps else None, readers)
+        rotated = [
+            (self._linear(name), rotation)
+            for subset in self.context.subsets
+            if (rotation := self.context.online.of_input(subset)) is not None
+            for name in subset.linears
+        ]
+        self.inputs = BlockInputs(recipe.act if recipe.steps else None, readers, rotated)
 
     def load(self) -> None:
         """Let the transforms change the block that need no data.
@@ -136,9 +144,10 @@ class BlockWork:
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
         views: list[SubsetView] = []
+        subsets = [subset for subset in self.context.subsets if step.algorithm.covers(subset)]
 
         def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
-            view = self._view(self.context.subsets[position], statistics, calls)
+            view = self._view(subsets[position], statistics, calls)
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if step.algorithm.kind == "transform" else unheaped():
                 step.algorithm.subset(view)
@@ -151,11 +160,11 @@ class BlockWork:
             trim_heap()
 
         if run is None:
-            for position in range(len(self.context.subsets)):
+            for position in range(len(subsets)):
                 solve(position, Statistics(), None)
         else:
             searching = step.algorithm.kind == "transform"
-            stages = [self._stage(subset, step, searching=searching) for subset in self.context.subsets]
+            stages = [self._stage(subset, step, searching=searching) for subset in subsets]
             with run.attention():
                 self._runner(step, searching)(run, stages, solve, keep=keep)
         for view in views:
@@ -172,7 +181,7 @@ class BlockWork:
         columns = linears[0].weight.shape[1]
         act = None if searching else self.context.recipe.act
         make = partial(new_statistics, step.algorithm.statistics, columns, self.context.device, act)
-        return Stage(linears, inspect, make)
+        return Stage(linears, inspect, make, self.context.online.of_input(subset))
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.block.get_submodule(name)

@@ -138,7 +138,9 @@ class Engine:
         self._count = len(skeleton.blocks)
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._spent: dict[str, float] = {}
-        self._work = WorkContext(recipe, subsets, heads, device, options.forward, frame)
+        self._online = recipe.online(frame)
+        cut = tuple(self._online.cut(subset) for subset in subsets)
+        self._work = WorkContext(recipe, cut, heads, device, options.forward, frame, self._online)
         self._edges = Edges(recipe.at_load, frame, skeleton, device)
 
     @torch.no_grad()
@@ -264,7 +266,7 @@ class Engine:
         self._timed("calibrate", lambda: work.transform(original, compressed))
         if self._recipe.calibrates_cache and compressed is not None:
             work.ranges = self._ranges = self._timed(
-                "calibrate", partial(cache_ranges, self._skeleton.model, compressed)
+                "calibrate", partial(cache_ranges, self._skeleton.model, compressed, self._online.keys)
             )
         outputs: dict[str, Any] = {}
         if self._transformed is not None or "transformed" in self._measured:
@@ -321,7 +323,8 @@ class Engine:
         """The compressed model attends over its quantized KV cache, also where it's calibrated."""
         kind, _, state = stream.partition(".")
         kv = self._recipe.kv if state in ("compressed", "fake_quant") else None
-        return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode")
+        keys = self._online.keys
+        return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode", rotation=keys)
 
     def _evaluate(self, index: int, *states: str) -> None:
         for stream in (f"{kind}.{state}" for state in states for kind in ("eval", "decode")):

@@ -1,28 +1,36 @@
-"""The quantized inputs of one block's Linears."""
+"""The rotated and quantized inputs of one block's Linears."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from ..linalg import OnlineRotation
 from ..quant import ActSpec, InputQuantizer, InputRange
+
+Rotated = Sequence[tuple[nn.Linear, OnlineRotation]]
 
 
 class BlockInputs:
-    """Hooks that round what a block's Linears read, from the moment on that their subset is compressed.
+    """Hooks that rotate what some of a block's Linears read, and round it from the moment on that their subset is
+    compressed.
 
     Args:
         spec: the grid; None: inputs stay as they are.
         readers: the Linears with quantized inputs of each subset, by the subset's key.
+        rotated: the Linears with rotated inputs.
     """
 
-    def __init__(self, spec: ActSpec | None, readers: Mapping[str, Sequence[nn.Linear]]) -> None:
+    def __init__(self, spec: ActSpec | None, readers: Mapping[str, Sequence[nn.Linear]], rotated: Rotated = ()) -> None:
         self._quantizers: dict[str, InputQuantizer] = {}
         for key, linears in readers.items():
             if spec is not None and linears:
                 self._quantizers[key] = InputQuantizer(spec, len(linears))
-        self._hooks = [
+        # In this order they are called: what is rounded is the rotated input.
+        self._hooks = [linear.register_forward_pre_hook(_rotating(rotation)) for linear, rotation in rotated]
+        self._hooks += [
             linear.register_forward_pre_hook(quantizer)
             for key, quantizer in self._quantizers.items()
             for linear in readers[key]
@@ -52,3 +60,10 @@ class BlockInputs:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _rotating(rotation: OnlineRotation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return rotation(args[0]), *args[1:]
+
+    return hook

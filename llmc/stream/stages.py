@@ -37,11 +37,17 @@ class Stage:
         linears: the modules that read the shared input.
         inspect: the module whose calls are kept for the search, or None if nobody asks.
         new_statistics: makes empty statistics.
+        rotate: what a hook of the Linears does to the shared input before they read it; None: nothing.
     """
 
     linears: tuple[nn.Module, ...]
     inspect: nn.Module | None
     new_statistics: Callable[[], Statistics]
+    rotate: Callable[[Tensor], Tensor] | None = None
+
+    def observe(self, statistics: Statistics, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]`` to the statistics as the Linears will read them, but for rounding."""
+        statistics.update(inputs if self.rotate is None else self.rotate(inputs))
 
 
 @dataclass
@@ -103,8 +109,9 @@ class _Waiting(greenlet.greenlet):
 
 
 def _first(linear: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
-    """Hook a Linear before whatever rounds its input: statistics are of the input as it comes, and a batch that waited
-    in the hook has its input rounded as soon as the subset is compressed."""
+    """Hook a Linear before whatever rotates and rounds its input: statistics are of the input as it comes, which the
+    stage rotates, and a batch that waited in the hook has its input rounded as soon as the subset is compressed. A call
+    that is held for a search comes as it is too: repeating it goes through the rotation again."""
     return linear.register_forward_pre_hook(hook, prepend=True)
 
 
@@ -132,7 +139,7 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
             batch = greenlet.getcurrent()
             if isinstance(batch, _Waiting) and batch.passed < index:
                 batch.stage = index
-                statistics.update(args[0])
+                stages[index].observe(statistics, args[0])
                 hub.switch()
                 batch.passed = index
 
@@ -200,7 +207,7 @@ class _Reached(Exception):
 
 def _observe(run: BlockRun, batch: int, stage: Stage, statistics: Statistics, calls: HeldCalls) -> None:
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistics.update(args[0])
+        stage.observe(statistics, args[0])
         raise _Reached
 
     def inspect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -226,7 +233,7 @@ def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: 
     statistics = [_begin(stage) for stage in stages]
     first = [stage.linears[0] for stage in stages]
     hooks = [
-        _first(linear, lambda module, args, index=index: statistics[index].update(args[0]))
+        _first(linear, lambda module, args, index=index: stages[index].observe(statistics[index], args[0]))
         for index, linear in enumerate(first)
     ]
     try:

@@ -73,6 +73,7 @@ class Pass:
     calib: list[Tensor]
     evaluation: list[Tensor]
     method: str = "RTN"  # or several, joined by +
+    options: dict[str, Any] = field(default_factory=dict)
     quant_out: bool | None = None
     forward: str = "auto"
     checkpoint_every: int = 2
@@ -113,7 +114,7 @@ class Pass:
         config, subsets, heads = self.tiny.config, self.tiny.subsets, heads_of(self.tiny.config)
         frame = None
         if recipe.at_load:
-            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0)
+            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0, ffn=128)
         try:
             return Engine(
                 skeleton=skeleton,
