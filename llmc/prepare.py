@@ -32,7 +32,6 @@ from .translate import (
     make_device,
     make_exporters,
     make_recipe_of,
-    make_spec,
     refuse_unavailable,
 )
 from .translate_kv import make_kv
@@ -114,13 +113,13 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         trust_remote_code=trust,
     )
     heads = heads_of(model_config.get_text_config())
-    recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
+    recipe = make_recipe_of(config, stored, make_kv(config, heads))
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
     frame = _frame(recipe, adapter, model_config.get_text_config())
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe, stored, compute)
+    exporters = make_exporters(config, recipe, layers, stored, compute)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
@@ -172,8 +171,7 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> F
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
-    spec = recipe.spec
-    scattered = spec is not None and any(step.algorithm.scatters_groups(spec) for step in recipe.steps)
+    scattered = any(step.algorithm.scatters_groups(spec) for step in recipe.steps for spec in recipe.specs)
     unable = [exporter.name for exporter in exporters if not exporter.stores_group_index]
     if scattered and unable:
         raise ExportError(

@@ -28,6 +28,7 @@ from .export.dense import FakeQuant, Transformed
 from .models import find_adapter, heads_of
 from .plan import bits_per_weight, free_disk, original_bytes
 from .prepare import Prepared, positions_of, prepare, state_of
+from .quant import Scheme
 from .report.metrics import Measured, make_metrics
 from .stream.activations import ActivationStore
 from .stream.engine import Batches, Engine, EngineOptions, Listener
@@ -37,6 +38,7 @@ from .stream.memory import give_back_memory, share_heap
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
+from .translate import mixed_schemes
 from .workspace import Workspace, tokens_digest
 
 _TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward")  # of base: no influence on the result
@@ -146,6 +148,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
             sparsity=None if prepared.recipe.sparsity is None else asdict(prepared.recipe.sparsity),
             activations=None if prepared.recipe.act is None else prepared.recipe.act.to_dict(),
+            mixed=_mixed(prepared),
             kv_scheme=_kv_scheme(prepared),
             bits=bits_per_weight(prepared.layers),
             perplexities=perplexities,
@@ -198,13 +201,12 @@ def _sinks(prepared: Prepared, workspace: Workspace, *, keep_records: bool) -> t
 
     sinks = [sink(e, workspace.path / e.folder) for e in prepared.exporters if not e.transformed_only]
     transformed = [sink(e, workspace.path / e.folder) for e in prepared.exporters if e.transformed_only]
-    compute = prepared.skeleton.model.dtype
+    compute, recipe = prepared.skeleton.model.dtype, prepared.recipe
     if keep_records and not sinks:
-        sinks = [sink(FakeQuant(prepared.recipe.spec, prepared.stored, compute), workspace.state / "compressed")]
+        kept = FakeQuant(recipe.spec, prepared.stored, compute, schemes=mixed_schemes(recipe, prepared.layers))
+        sinks = [sink(kept, workspace.state / "compressed")]
     if keep_records and not transformed and "transformed" in positions_of(prepared.evaluations, prepared.recipe.kv):
-        transformed = [
-            sink(Transformed(prepared.recipe.spec, prepared.stored, compute), workspace.state / "transformed")
-        ]
+        transformed = [sink(Transformed(recipe.spec, prepared.stored, compute), workspace.state / "transformed")]
     return sinks, transformed[0] if transformed else None
 
 
@@ -255,6 +257,14 @@ def _kv_scheme(prepared: Prepared) -> dict[str, Any] | None:
         return None
     heads = heads_of(prepared.skeleton.model.config.get_text_config())
     return kv.to_dict() | {"bits_per_element": kv.bits_an_element(heads.kv, heads.dim)}
+
+
+def _mixed(prepared: Prepared) -> list[dict[str, Any]]:
+    """The schemes of ``quant.mix_bits`` with the Linears that they were used for."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in mixed_schemes(prepared.recipe, prepared.layers).items():
+        by_scheme.setdefault(scheme, []).append(name)
+    return [{**scheme.to_dict(), "layers": names} for scheme, names in by_scheme.items()]
 
 
 def _forward(prepared: Prepared) -> Any:

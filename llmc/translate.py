@@ -11,10 +11,10 @@ from .algorithms import ALGORITHMS, Ignored, Recipe, make_recipe
 from .config import Config
 from .config.schema import EvalConfig
 from .data import CalibrationSpec, EvaluationSpec
-from .errors import ConfigError
-from .export import EXPORTERS, Exporter
-from .quant import KvSpec, QuantSpec, Sparsity
-from .schemes import SCALE_DTYPES, act_spec, unavailable, weight_spec
+from .errors import ConfigError, ExportError
+from .export import EXPORTERS, Exporter, Layer
+from .quant import KvSpec, QuantSpec, Scheme, Sparsity
+from .schemes import SCALE_DTYPES, act_spec, make_rules, unavailable, weight_spec
 from .translate_kv import unavailable_cache
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS}
@@ -29,7 +29,6 @@ def refuse_unavailable(config: Config) -> None:
     quant, missing = config.quant, []
     if quant is not None:
         missing += unavailable_cache(quant.kvcache)
-        missing += ["quant.mix_bits"] if quant.mix_bits else []
         missing += ["quant.token_reduction"] if quant.token_reduction else []
         missing += unavailable(quant)
     if config.sparse is not None:
@@ -77,7 +76,7 @@ def make_spec(config: Config, stored: torch.dtype) -> QuantSpec | None:
     return weight_spec(config.quant.weight, config.quant.act, stored)
 
 
-def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) -> Recipe:
+def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Recipe:
     """The steps of the run; none for a mere evaluation."""
     quant, sparse = config.quant, config.sparse
     if quant is None and sparse is None:
@@ -91,7 +90,7 @@ def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) ->
     recipe = make_recipe(
         _methods(config),
         {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
-        spec,
+        make_spec(config, stored),
         ignored,
         quant_out=quant.quant_out if quant else None,
         seed=config.base.seed,
@@ -99,10 +98,12 @@ def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) ->
         sparsity_out=sparse.sparsity_out if sparse else None,
         act=act,
         kv=kv,
+        rules=make_rules(quant, stored) if quant else (),
     )
     if recipe.needs_data and config.calib is None:
         asking = [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
-        asking += [f"quant.act ({act.describe()})"] if act is not None and act.observer is not None else []
+        static = [one for one in recipe.acts if one.observer is not None]
+        asking += [f"{'quant.act' if one == act else 'quant.mix_bits'} ({one.describe()})" for one in static]
         raise ConfigError(
             f"{asking[0]} needs calibration text, but there is no section 'calib'",
             "add calib with name, n_samples, seq_len and preproc",
@@ -137,15 +138,36 @@ def make_sparsity(config: Config) -> Sparsity | None:
     return Sparsity(zeros / of, (zeros, of))
 
 
-def make_exporters(config: Config, recipe: Recipe, stored: torch.dtype, compute: torch.dtype) -> list[Exporter]:
-    """The formats that the file asks for."""
+def make_exporters(
+    config: Config, recipe: Recipe, layers: Sequence[Layer], stored: torch.dtype, compute: torch.dtype
+) -> list[Exporter]:
+    """The formats that the file asks for.
+
+    Raises:
+        ConfigError: there is nothing to save.
+        ExportError: a format has one scheme for all Linears, and ``quant.mix_bits`` asks for several.
+    """
     asked = {name for name, value in config.save if value is True}
     if asked and config.quant is None and config.sparse is None:
         raise ConfigError(
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    return [kind(recipe.spec, stored, compute, recipe.act, recipe.kv) for kind in EXPORTERS if kind.name in asked]
+    exporters = [kind for kind in EXPORTERS if kind.name in asked]
+    mixed = mixed_schemes(recipe, layers)
+    uniform = [kind.name for kind in exporters if mixed and not kind.mixes_schemes]
+    if uniform:
+        able = ", ".join(kind.name for kind in EXPORTERS if kind.mixes_schemes)
+        raise ExportError(
+            f"quant.mix_bits: {uniform[0]} stores one scheme for all layers", f"write {able}, or remove mix_bits"
+        )
+    return [kind(recipe.spec, stored, compute, recipe.act, recipe.kv, mixed) for kind in exporters]
+
+
+def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:
+    """Schemes of the quantized Linears that have another one than most, by the checkpoint's names."""
+    found = {layer.name: layer.scheme for layer in layers if layer.spec is not None}
+    return {name: scheme for name, scheme in found.items() if scheme != recipe.scheme}
 
 
 def calibration_spec(config: Config) -> CalibrationSpec | None:

@@ -12,7 +12,8 @@ from .base import (
     SubsetView,
     new_statistics,
 )
-from .recipe import Ignored, Recipe, Step, make_recipe
+from .layers import Ignored, LayerPattern, Rule
+from .recipe import Recipe, Step, make_recipe
 from .registry import ALGORITHMS, options_types
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "Ignored",
     "InspectCalls",
     "LayerNote",
+    "LayerPattern",
     "Needs",
     "Options",
     "Recipe",
+    "Rule",
     "Statistics",
     "Step",
     "SubsetView",

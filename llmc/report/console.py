@@ -93,7 +93,7 @@ class Console:
         """What a dry run found out."""
         table = Table("layer", "out x in", "scheme", box=None, pad_edge=False)
         for layer in layers:
-            scheme = layer.describe() or "[yellow]kept[/] (ignored_layers)"
+            scheme = layer.describe() or "[yellow]kept[/]"
             table.add_row(layer.name, f"{layer.rows} x {layer.columns}", scheme)
         self._rich.print(table)
         schemes = Counter(layer.describe() or "kept" for layer in layers)
