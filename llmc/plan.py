@@ -124,11 +124,11 @@ def _check_groups(layers: list[Layer], recipe: Recipe) -> None:
         for section, grid in grids.items():
             if grid is None or not isinstance(grid.granularity, PerGroup) or not layer.columns % grid.granularity.size:
                 continue
+            key = f"{keys[layer.scheme]}.{section}.group_size"
             columns = {other.columns for other in quantized}
             fitting = [size for size in _COMMON_GROUPS if all(count % size == 0 for count in columns)]
             raise ConfigError(
-                f"{keys[layer.scheme]}.{section}.group_size: {grid.granularity.size} doesn't divide the {layer.columns} input "
-                f"channels of {layer.name}",
+                f"{key}: {grid.granularity.size} doesn't divide the {layer.columns} input channels of {layer.name}",
                 f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none of the usual ones'}; or use "
                 f"granularity: {'per_channel' if section == 'weight' else 'per_token'}, or name the layer in "
                 "ignored_layers",
@@ -175,10 +175,13 @@ def make_estimate(
     streams: tuple[int, int],
     on_device: bool,
     changed_at_load: bool = False,
+    surveyed: bool = False,
 ) -> Estimate:
     """Peaks and totals. ``streams`` counts the calibration and evaluation streams.
 
-    A model that is ``changed_at_load`` holds a Linear in float64 twice, and gets a head of its own if that was tied.
+    A model that is ``surveyed`` first is read twice, less its head, with a stream of its own; which blocks will be
+    dropped isn't known yet. A model that is ``changed_at_load`` holds a Linear in float64 twice, and gets a head of its
+    own if that was tied.
     """
     width = skeleton.model.config.get_text_config().hidden_size
     size = skeleton.model.dtype.itemsize
@@ -187,8 +190,8 @@ def make_estimate(
         unit: sum(entries[name].nbytes // entries[name].dtype.itemsize for name in names)
         for unit, names in skeleton.units.items()
     }
-    read = sum(unit_bytes.values())
-    kept = (calib_tokens * streams[0] + eval_tokens * streams[1]) * width * size
+    read = sum(unit_bytes.values()) + (sum(unit_bytes.values()) - unit_bytes[HEAD] if surveyed else 0)
+    kept = max(calib_tokens * streams[0] + eval_tokens * streams[1], calib_tokens * surveyed) * width * size
     widest = max((layer.columns for layer in layers), default=width)
     held = calib_tokens * (3 * width + widest) * size if streams[0] else 0
     block = max(elements[block_unit(index)] for index in range(len(skeleton.blocks))) * size

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, set_seed
 from .algorithms import Frame, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
-from .errors import DataError, ExportError
+from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer
 from .models import ModelAdapter, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
@@ -116,6 +116,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
+    _check_dropping(recipe, len(skeleton.blocks))
     frame = _frame(recipe, adapter, model_config.get_text_config())
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
@@ -137,6 +138,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
+        surveyed=recipe.drop_blocks > 0,
     )
     return Prepared(
         loaded,
@@ -168,6 +170,17 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> F
     return Frame(
         adapter.subsets(config), heads_of(config), residual_of(adapter, config), config.hidden_size, recipe.seed
     )
+
+
+def _check_dropping(recipe: Recipe, blocks: int) -> None:
+    """Refuse to leave no block, or to drop one that is to stay as it is."""
+    free = sum(not recipe.ignored.covers_block(index) for index in range(blocks))
+    if recipe.drop_blocks > min(free, blocks - 1):
+        kept = f", {blocks - free} of which ignored_layers keeps" if free < blocks else ""
+        raise ConfigError(
+            f"sparse.weight.n_prune_layers: {recipe.drop_blocks}, but the model has {blocks} blocks{kept}",
+            f"the most is {min(free, blocks - 1)}",
+        )
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:

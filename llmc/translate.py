@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .algorithms import ALGORITHMS, Ignored, Recipe, make_recipe
+from .algorithms import ALGORITHMS, SHORTGPT, Ignored, Recipe, make_recipe
 from .config import Config
 from .config.schema import EvalConfig
 from .data import CalibrationSpec, EvaluationSpec
@@ -17,7 +18,8 @@ from .quant import KvSpec, QuantSpec, Scheme, Sparsity
 from .schemes import SCALE_DTYPES, act_spec, make_rules, unavailable, weight_spec
 from .translate_kv import unavailable_cache
 
-_KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS}
+_KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS} | {SHORTGPT: "pruner"}
+_AMOUNTS = {SHORTGPT: "n_prune_layers: 4"}
 
 
 def refuse_unavailable(config: Config) -> None:
@@ -87,21 +89,26 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
         full_names=frozenset(config.ignored_layers.special_names),
     )
     act = None if quant is None or quant.act is None else act_spec(quant.act)
-    recipe = make_recipe(
-        _methods(config),
-        {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
-        make_spec(config, stored),
-        ignored,
-        quant_out=quant.quant_out if quant else None,
-        seed=config.base.seed,
-        sparsity=make_sparsity(config),
-        sparsity_out=sparse.sparsity_out if sparse else None,
-        act=act,
-        kv=kv,
-        rules=make_rules(quant, stored) if quant else (),
-    )
+    recipe = Recipe((), None, ignored, config.base.seed)
+    if methods := _methods(config):
+        recipe = make_recipe(
+            methods,
+            {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
+            make_spec(config, stored),
+            ignored,
+            quant_out=quant.quant_out if quant else None,
+            seed=config.base.seed,
+            sparsity=make_sparsity(config),
+            sparsity_out=sparse.sparsity_out if sparse else None,
+            act=act,
+            kv=kv,
+            rules=make_rules(quant, stored) if quant else (),
+        )
+    if sparse is not None and sparse.method == SHORTGPT:
+        recipe = replace(recipe, drop_blocks=sparse.weight.n_prune_layers or 0)
     if recipe.needs_data and config.calib is None:
-        asking = [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
+        asking = [SHORTGPT] * (recipe.drop_blocks > 0)
+        asking += [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
         static = [one for one in recipe.acts if one.observer is not None]
         asking += [f"{'quant.act' if one == act else 'quant.mix_bits'} ({one.describe()})" for one in static]
         raise ConfigError(
@@ -117,11 +124,11 @@ def _methods(config: Config) -> list[str]:
     if misplaced := [name for name in methods if _KINDS[name] == "pruner"]:
         raise ConfigError(
             f"quant.method: {misplaced[0]} prunes, which isn't for the section quant",
-            f"write sparse: {{method: {misplaced[0]}, weight: {{sparsity: 0.5}}}} and "
+            f"write sparse: {{method: {misplaced[0]}, weight: {{{_AMOUNTS.get(misplaced[0], 'sparsity: 0.5')}}}}} and "
             f"quant.method: {[name for name in methods if _KINDS[name] != 'pruner'] or ['RTN']}, "
             "or no section quant if nothing is to be quantized",
         )
-    if config.sparse is not None:
+    if config.sparse is not None and config.sparse.method != SHORTGPT:  # which isn't a step within a block
         place = len(methods) - (bool(methods) and _KINDS[methods[-1]] == "quantizer")
         methods.insert(place, config.sparse.method)
     return methods

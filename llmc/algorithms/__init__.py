@@ -15,10 +15,14 @@ from .base import (
 from .layers import Ignored, LayerPattern, Rule
 from .recipe import Recipe, Step, make_recipe
 from .registry import ALGORITHMS, options_types
+from .shortgpt import NAME as SHORTGPT
+from .shortgpt import BlockInfluence, least_influential
 
 __all__ = [
     "ALGORITHMS",
+    "SHORTGPT",
     "Algorithm",
+    "BlockInfluence",
     "ClipRatios",
     "Frame",
     "Ignored",
@@ -32,6 +36,7 @@ __all__ = [
     "Statistics",
     "Step",
     "SubsetView",
+    "least_influential",
     "make_recipe",
     "new_statistics",
     "options_types",

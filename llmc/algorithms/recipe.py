@@ -41,6 +41,7 @@ class Recipe:
         act: how the inputs of those Linears are quantized; None: they aren't.
         kv: how the KV cache of the compressed model is quantized; None if it isn't.
         rules: other schemes for some Linears; the first that means a Linear counts.
+        drop_blocks: how many blocks of the least influence are left out.
     """
 
     steps: tuple[Step, ...]
@@ -51,6 +52,12 @@ class Recipe:
     act: ActSpec | None = None
     kv: KvSpec | None = None
     rules: tuple[Rule, ...] = ()
+    drop_blocks: int = 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether another model comes out than goes in."""
+        return bool(self.steps) or self.drop_blocks > 0
 
     def scheme_of(self, block: int, name: str, full_name: str) -> Scheme:
         """The grids of a Linear and of its input."""
@@ -97,8 +104,8 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any step, or a static KV cache, wants calibration tokens."""
-        return self.calibrates_cache or any(step.needs.data for step in self.steps)
+        """Whether any step, a static KV cache or the survey of all blocks wants calibration tokens."""
+        return self.calibrates_cache or self.drop_blocks > 0 or any(step.needs.data for step in self.steps)
 
     @property
     def calibrates_cache(self) -> bool:

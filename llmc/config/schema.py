@@ -164,6 +164,8 @@ class SparseConfig(MethodSection):
         wanted = {"ShortGPT": "n_prune_layers", "Dense": None, "TokenReduction": None}.get(self.method, "sparsity")
         given = {key for key, value in self.weight if value is not None and (key, wanted) != ("pattern", "sparsity")}
         refuse_if(wanted and given != {wanted}, "weight", f"{self.method} needs {wanted} here, and nothing else")
+        idle = self.method == "ShortGPT" and self.sparsity_out
+        refuse_if(idle, "sparsity_out", "has no use with ShortGPT, which surveys the original model; leave it out")
         refuse_if(told := legacy.pattern_conflict(self.weight.pattern, self.weight.sparsity), "weight", told)
         return self
 
