@@ -98,7 +98,8 @@ class VLLM(Exporter):
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's with a ``quantization_config``; ignored Linears by their exact names."""
         ignored = [layer.name for layer in layers if layer.spec is None]
-        groups = config_groups({layer.name: layer.scheme for layer in layers if layer.spec is not None})
+        quantized = {layer.name: layer.scheme for layer in layers if layer.spec is not None}
+        groups = config_groups(quantized or dict(zip(("Linear",), self.schemes, strict=False)))
         formats = dict.fromkeys(group.format for group in groups) or {_DENSE: None}
         quantization = QuantizationConfig(
             config_groups={f"group_{index}": group for index, group in enumerate(groups)},
