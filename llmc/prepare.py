@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, set_seed
 from .algorithms import Frame, Online, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
-from .errors import DataError, ExportError
+from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer
 from .models import ModelAdapter, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
@@ -33,7 +33,6 @@ from .translate import (
     make_device,
     make_exporters,
     make_recipe_of,
-    make_spec,
     refuse_unavailable,
 )
 from .translate_kv import make_kv
@@ -115,15 +114,16 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         trust_remote_code=trust,
     )
     heads = heads_of(model_config.get_text_config())
-    recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
+    recipe = make_recipe_of(config, stored, make_kv(config, heads))
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
+    _check_dropping(recipe, len(skeleton.blocks))
     frame = _frame(recipe, adapter, skeleton)
     online = recipe.online(frame)
     check_layers(recipe, [online.cut(subset) for subset in subsets])
     layers = make_layers(skeleton, entries, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe, stored, compute)
+    exporters = make_exporters(config, recipe, layers, stored, compute)
     _check_online(online, exporters)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
     if frame is not None:
@@ -142,6 +142,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
+        surveyed=recipe.drop_blocks > 0,
     )
     return Prepared(
         loaded,
@@ -179,9 +180,19 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton) -> Frame |
     return Frame(subsets, heads_of(config), declared, config.hidden_size, recipe.seed, ffn)
 
 
+def _check_dropping(recipe: Recipe, blocks: int) -> None:
+    """Refuse to leave no block, or to drop one that is to stay as it is."""
+    free = sum(not recipe.ignored.covers_block(index) for index in range(blocks))
+    if recipe.drop_blocks > min(free, blocks - 1):
+        kept = f", {blocks - free} of which ignored_layers keeps" if free < blocks else ""
+        raise ConfigError(
+            f"sparse.weight.n_prune_layers: {recipe.drop_blocks}, but the model has {blocks} blocks{kept}",
+            f"the most is {min(free, blocks - 1)}",
+        )
+
+
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
-    spec = recipe.spec
-    scattered = spec is not None and any(step.algorithm.scatters_groups(spec) for step in recipe.steps)
+    scattered = any(step.algorithm.scatters_groups(spec) for step in recipe.steps for spec in recipe.specs)
     unable = [exporter.name for exporter in exporters if not exporter.stores_group_index]
     if scattered and unable:
         raise ExportError(

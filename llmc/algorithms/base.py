@@ -153,6 +153,7 @@ class SubsetView:
         quantized: results of a quantizer, by Linear.
         notes: what the report says, by Linear.
         act: how the shared input is quantized, or None.
+        unrounded: quantized Linears that read it as it comes, though others don't.
         scale: the input scale that was chosen for folding into ``prev``.
         shift: the input shift that was chosen for folding.
     """
@@ -171,6 +172,7 @@ class SubsetView:
     quantized: dict[str, QWeight] = field(default_factory=dict)
     notes: dict[str, LayerNote] = field(default_factory=dict)
     act: ActSpec | None = None
+    unrounded: frozenset[str] = frozenset()
     scale: tuple[Tensor, ScaleRule] | None = None
     shift: Tensor | None = None
 

@@ -8,33 +8,11 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import ActSpec, KvSpec, QuantSpec, Sparsity
-from .base import Algorithm, Frame, Needs, Online, is_named
+from ..quant import ActSpec, KvSpec, QuantSpec, Scheme, Sparsity
+from .base import Algorithm, Frame, Needs, Online
+from .layers import Ignored, Rule, first_scheme
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """Linears left in full precision: by name inside the block, in all blocks or in some, or by full name."""
-
-    layers: frozenset[str] = frozenset()
-    blocks: frozenset[int] | None = None
-    full_names: frozenset[str] = frozenset()
-
-    @property
-    def asked(self) -> bool:
-        """Whether anything is to be ignored."""
-        return bool(self.layers or self.blocks or self.full_names)
-
-    def covers(self, block: int, name: str, full_name: str) -> bool:
-        """Whether the Linear ``name`` of block ``block`` is left alone."""
-        if full_name in self.full_names:
-            return True
-        if not self.layers:
-            return self.blocks is not None and block in self.blocks
-        in_blocks = self.blocks is None or block in self.blocks
-        return in_blocks and any(is_named(name, layer) for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -56,12 +34,14 @@ class Recipe:
 
     Attributes:
         steps: in order.
-        spec: the grid of every quantized Linear; None when nothing is quantized.
+        spec: the grid of every quantized Linear that no rule is about; None: such Linears aren't quantized.
         ignored: Linears that are neither pruned nor quantized, nor are their inputs.
         seed: of every random choice.
         sparsity: how much of every Linear is pruned; None when nothing is.
-        act: how the inputs of quantized Linears are quantized; None: they aren't.
+        act: how the inputs of those Linears are quantized; None: they aren't.
         kv: how the KV cache of the compressed model is quantized; None if it isn't.
+        rules: other schemes for some Linears; the first that means a Linear counts.
+        drop_blocks: how many blocks of the least influence are left out.
     """
 
     steps: tuple[Step, ...]
@@ -71,10 +51,42 @@ class Recipe:
     sparsity: Sparsity | None = None
     act: ActSpec | None = None
     kv: KvSpec | None = None
+    rules: tuple[Rule, ...] = ()
+    drop_blocks: int = 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether another model comes out than goes in."""
+        return bool(self.steps) or self.drop_blocks > 0
+
+    def scheme_of(self, block: int, name: str, full_name: str) -> Scheme:
+        """The grids of a Linear and of its input."""
+        if self.ignored.covers(block, name, full_name):
+            return Scheme()
+        return first_scheme(self.rules, block, name) or self.scheme
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
-        return None if self.ignored.covers(block, name, full_name) else self.spec
+        return self.scheme_of(block, name, full_name).weight
+
+    @property
+    def scheme(self) -> Scheme:
+        """That of every Linear that no rule is about."""
+        return Scheme() if self.spec is None else Scheme(self.spec, self.act)
+
+    @property
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """All grids of weights, whether or not a Linear has them."""
+        return tuple(scheme.weight for scheme in self._schemes if scheme.weight is not None)
+
+    @property
+    def acts(self) -> tuple[ActSpec, ...]:
+        """All grids of inputs, whether or not a Linear has them."""
+        return tuple(scheme.act for scheme in self._schemes if scheme.act is not None)
+
+    @property
+    def _schemes(self) -> tuple[Scheme, ...]:
+        return (self.scheme, *(rule.scheme for rule in self.rules))
 
     def sparsity_of(self, block: int, name: str, full_name: str) -> Sparsity | None:
         """How much of a Linear is pruned, or None."""
@@ -97,8 +109,8 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether any step, or a static KV cache, wants calibration tokens."""
-        return self.calibrates_cache or any(step.needs.data for step in self.steps)
+        """Whether any step, a static KV cache or the survey of all blocks wants calibration tokens."""
+        return self.calibrates_cache or self.drop_blocks > 0 or any(step.needs.data for step in self.steps)
 
     @property
     def calibrates_cache(self) -> bool:
@@ -132,6 +144,7 @@ def make_recipe(
     sparsity_out: bool | None = None,
     act: ActSpec | None = None,
     kv: KvSpec | None = None,
+    rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Order the methods, add RTN where a grid is given and no quantizer named, and check that the order makes sense.
 
@@ -143,6 +156,9 @@ def make_recipe(
         quant_out: ``quant.quant_out``.
         sparsity: how much a pruner prunes.
         sparsity_out: ``sparse.sparsity_out``, a pruner's ``quant_out``.
+        act: the grid of inputs.
+        kv: how the KV cache is quantized.
+        rules: other schemes for some Linears.
 
     Raises:
         ConfigError: two pruners or weight quantizers, a method behind one that must come later, a method named twice, a
@@ -158,10 +174,12 @@ def make_recipe(
         chosen.append(kind(options.get(name) or kind.options_type()))  # type: ignore[call-arg]
     _check_order(chosen)
     kinds = [algorithm.kind for algorithm in chosen]
-    if "quantizer" not in kinds and (spec is not None or kinds != ["pruner"]):
+    schemes = [Scheme(spec, act if spec else None), *(rule.scheme for rule in rules)]
+    rounding = any(scheme.weight is not None for scheme in schemes)
+    if "quantizer" not in kinds and (rounding or kinds != ["pruner"]):
         chosen.append(RTN(RTNOptions()))
     needing = [a.name for a in chosen if not a.works_without_grid]
-    if spec is None and chosen[-1].kind == "quantizer" and (kv is None or needing):
+    if not rounding and chosen[-1].kind == "quantizer" and (kv is None or needing):
         raise ConfigError(
             "quant.weight is missing: no grid for the weights",
             f"add quant.weight.bit and its granularity{_or_rtn(needing) if kv is not None else ''}",
@@ -171,11 +189,12 @@ def make_recipe(
         raise ConfigError(f"{pruner} prunes, but nothing says how much", "add sparse.weight.sparsity")
     outs = {"transform": quant_out, "pruner": sparsity_out, "quantizer": quant_out}
     needs = [a.needs(quant_out=outs[a.kind]) for a in chosen]
-    if act is not None and act.observer is not None and not needs[-1].data:
+    ranged = any(scheme.act is not None and scheme.act.observer is not None for scheme in schemes)
+    if ranged and not needs[-1].data:
         needs[-1] = range_needs(quant_out)
     steps = tuple(map(Step, chosen, needs))
     _check_loading(steps)
-    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv)
+    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv, tuple(rules))
 
 
 def _or_rtn(needing: Sequence[str]) -> str:

@@ -9,6 +9,8 @@ from .magnitude import Magnitude
 from .osplus import OsPlus
 from .quarot import Quarot
 from .rtn import RTN
+from .shortgpt import NAME as SHORTGPT
+from .shortgpt import ShortGPTOptions
 from .smoothquant import SmoothQuant
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
@@ -28,4 +30,4 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
 
 def options_types() -> dict[str, type[Options]]:
     """Options model of each method, for the configuration to validate ``quant.special`` against."""
-    return {algorithm.name: algorithm.options_type for algorithm in ALGORITHMS}
+    return {algorithm.name: algorithm.options_type for algorithm in ALGORITHMS} | {SHORTGPT: ShortGPTOptions}

@@ -118,9 +118,10 @@ def _trial(view: SubsetView, scale: Tensor, shift: Tensor | None) -> Iterator[No
         with view.trial(weights):
             yield
         return
-    hook = _Input(view.act, scale, shift)
+    rounding, plain_input = _Input(view.act, scale, shift), _Input(None, scale, shift)
+    hooks = {name: plain_input if name in view.unrounded else rounding for name in weights}
     with view.trial(weights, biases):
-        handles = [view.linears[name].register_forward_pre_hook(hook) for name in weights]
+        handles = [view.linears[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
         try:
             yield
         finally:

@@ -4,9 +4,11 @@ from .adapter import Heads, ModelAdapter, Residual, Space, Subset, heads_of
 from .fold import ScaleRule, fold_scale, fold_shift, scale_rule
 from .registry import ADAPTERS, find_adapter
 from .rotate import residual_of, rotate_block, rotate_embedding, rotate_head
+from .selection import BlockSelection
 
 __all__ = [
     "ADAPTERS",
+    "BlockSelection",
     "Heads",
     "ModelAdapter",
     "Residual",

@@ -9,6 +9,7 @@ from .linear import InputQuantizer
 from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, StaticMinMax
 from .qweight import QWeight
 from .record import UnitRecord
+from .scheme import Scheme
 from .sparsity import Sparsity, lowest, prune_mask
 from .spec import (
     Granularity,
@@ -51,6 +52,7 @@ __all__ = [
     "QWeight",
     "QuantSpec",
     "RangeSpec",
+    "Scheme",
     "Sparsity",
     "StaticMinMax",
     "SymMode",

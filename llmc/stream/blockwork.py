@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..algorithms import ClipRatios, Frame, LayerNote, Online, Recipe, Statistics, Step, SubsetView, new_statistics
 from ..models import Heads, Subset, fold_scale, fold_shift
-from ..quant import InputRange, KvRanges, KvSpec, QuantSpec, QWeight, UnitRecord, bind_global_scale, cache_qparams
+from ..quant import (
+    ActSpec,
+    InputRange,
+    KvRanges,
+    KvSpec,
+    QWeight,
+    Scheme,
+    UnitRecord,
+    bind_global_scale,
+    cache_qparams,
+)
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
 from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
@@ -66,18 +76,20 @@ class BlockWork:
     inputs: BlockInputs = field(init=False)
 
     def __post_init__(self) -> None:
-        recipe = self.context.recipe
-        readers = {
-            _key(subset): [self._linear(name) for name in subset.linears if self._spec_of(name) is not None]
-            for subset in self.context.subsets
-        }
+        readers: dict[str, tuple[ActSpec, list[nn.Linear]]] = {}
+        for subset in self.context.subsets if self.context.recipe.steps else ():
+            schemes = self._schemes_of(subset)
+            act = _act_of(schemes)
+            if act is not None:
+                rounding = [self._linear(name) for name, scheme in schemes.items() if scheme.act is not None]
+                readers[_key(subset)] = act, rounding
         rotated = [
             (self._linear(name), rotation)
             for subset in self.context.subsets
             if (rotation := self.context.online.of_input(subset)) is not None
             for name in subset.linears
         ]
-        self.inputs = BlockInputs(recipe.act if recipe.steps else None, readers, rotated)
+        self.inputs = BlockInputs(readers, rotated)
 
     def load(self) -> None:
         """Let the transforms change the block that need no data.
@@ -179,7 +191,7 @@ class BlockWork:
         linears = tuple(self._linear(name) for name in subset.linears)
         inspect = (self.block.get_submodule(subset.inspect) if subset.inspect else self.block) if searching else None
         columns = linears[0].weight.shape[1]
-        act = None if searching else self.context.recipe.act
+        act = None if searching else _act_of(self._schemes_of(subset))
         make = partial(new_statistics, step.algorithm.statistics, columns, self.context.device, act)
         return Stage(linears, inspect, make, self.context.online.of_input(subset))
 
@@ -193,8 +205,8 @@ class BlockWork:
         places = {name: (self.index, name, f"{self.prefix}.{name}") for name in subset.linears}
         shares = {name: self.context.recipe.sparsity_of(*place) for name, place in places.items()}
         sparsity = {name: share for name, share in shares.items() if share is not None}
-        found = {name: self._spec_of(name) for name in subset.linears}
-        specs = {name: spec for name, spec in found.items() if spec is not None}
+        schemes = self._schemes_of(subset)
+        specs = {name: scheme.weight for name, scheme in schemes.items() if scheme.weight is not None}
         # Linears that are run as one share NVFP4's global scale.
         weights = [self._linear(name).weight.detach() for name in specs]
         specs = {name: bind_global_scale(spec, weights) for name, spec in specs.items()}
@@ -209,11 +221,15 @@ class BlockWork:
             clips=self.clips,
             sparsity=sparsity,
             pruned=self.pruned,
-            act=self.context.recipe.act if specs else None,
+            act=_act_of(schemes),
+            unrounded=frozenset(name for name in specs if schemes[name].act is None),
         )
 
-    def _spec_of(self, name: str) -> QuantSpec | None:
-        return self.context.recipe.spec_of(self.index, name, f"{self.prefix}.{name}")
+    def _schemes_of(self, subset: Subset) -> dict[str, Scheme]:
+        return {name: self._scheme_of(name) for name in subset.linears}
+
+    def _scheme_of(self, name: str) -> Scheme:
+        return self.context.recipe.scheme_of(self.index, name, f"{self.prefix}.{name}")
 
     def _accept(self, view: SubsetView) -> None:
         """Take over a subset's results. Compressed weights go live at once: a waiting batch goes on with them.
@@ -250,7 +266,7 @@ class BlockWork:
         for name, parameter in self._parameters():
             owner = name.removeprefix(f"{self.prefix}.").rpartition(".")[0]
             if (
-                self._spec_of(owner) is None
+                self._scheme_of(owner).weight is None
                 or not name.endswith(".weight")
                 or not isinstance(self.block.get_submodule(owner), nn.Linear)
             ):
@@ -286,7 +302,7 @@ class BlockWork:
             self._stored_module(f"{self.prefix}.{name}.weight"): found[_key(subset)]
             for subset in self.context.subsets
             for name in subset.linears
-            if _key(subset) in found and name in self.quantized
+            if _key(subset) in found and self._scheme_of(name).act is not None
         }
 
     def _cache_scales(self) -> dict[str, Tensor]:
@@ -324,6 +340,11 @@ class BlockWork:
 def _key(subset: Subset) -> str:
     """A subset's name in the journal."""
     return "+".join(subset.linears)
+
+
+def _act_of(schemes: Mapping[str, Scheme]) -> ActSpec | None:
+    """How a subset's input is rounded, by those of its Linears that round it: they agree."""
+    return next((scheme.act for scheme in schemes.values() if scheme.act is not None), None)
 
 
 def _scale(kv: KvSpec, ends: tuple[float, float]) -> Tensor:

@@ -18,22 +18,18 @@ class BlockInputs:
     compressed.
 
     Args:
-        spec: the grid; None: inputs stay as they are.
-        readers: the Linears with quantized inputs of each subset, by the subset's key.
+        readers: for each subset that has any, by its key, how its input is rounded and the Linears that read it so.
         rotated: the Linears with rotated inputs.
     """
 
-    def __init__(self, spec: ActSpec | None, readers: Mapping[str, Sequence[nn.Linear]], rotated: Rotated = ()) -> None:
-        self._quantizers: dict[str, InputQuantizer] = {}
-        for key, linears in readers.items():
-            if spec is not None and linears:
-                self._quantizers[key] = InputQuantizer(spec, len(linears))
+    def __init__(self, readers: Mapping[str, tuple[ActSpec, Sequence[nn.Linear]]], rotated: Rotated = ()) -> None:
+        self._quantizers = {key: InputQuantizer(spec, len(linears)) for key, (spec, linears) in readers.items()}
         # In this order they are called: what is rounded is the rotated input.
         self._hooks = [linear.register_forward_pre_hook(_rotating(rotation)) for linear, rotation in rotated]
         self._hooks += [
             linear.register_forward_pre_hook(quantizer)
             for key, quantizer in self._quantizers.items()
-            for linear in readers[key]
+            for linear in readers[key][1]
         ]
 
     def switch_on(self, key: str, found: InputRange | None) -> None:
