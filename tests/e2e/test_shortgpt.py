@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def whole_model_influences(run) -> list[float]:
         window = torch.tensor(ids[index * calib["seq_len"] :][: calib["seq_len"]])[None]
         states = model(input_ids=window, output_hidden_states=True, use_cache=False).hidden_states
         states = [*states[:-1], last[-1][0] if isinstance(last[-1], tuple) else last[-1]]
-        pairs = zip(states, states[1:], strict=False)
+        pairs = pairwise(states)
         cosines.append(torch.stack([nn.functional.cosine_similarity(x, y, dim=-1).flatten() for x, y in pairs]))
     return (1 - torch.cat(cosines, dim=1).mean(dim=1)).tolist()
 
