@@ -84,7 +84,8 @@ def unavailable(quant: QuantConfig) -> list[str]:
     weight, act, missing = quant.weight, quant.act, []
     if weight is not None:
         missing += _unavailable("quant.weight", weight, ("per_tensor", "per_channel", "per_group", "per_block"))
-        if weight.calib_algo not in ("minmax", "mse"):
+        learned = weight.calib_algo == "learnable" and "OmniQuant" in quant.method
+        if weight.calib_algo not in ("minmax", "mse") and not learned:
             missing.append(f"quant.weight.calib_algo: {weight.calib_algo}")
     if act is not None:
         missing += _unavailable("quant.act", act, ("per_tensor", "per_token", "per_group"))

@@ -2,6 +2,8 @@
 
 from .base import (
     Algorithm,
+    BlockCalls,
+    BlockView,
     ClipRatios,
     Frame,
     InspectCalls,
@@ -10,6 +12,7 @@ from .base import (
     Options,
     Statistics,
     SubsetView,
+    TuneNote,
     new_statistics,
 )
 from .recipe import Ignored, Recipe, Step, make_recipe
@@ -18,6 +21,8 @@ from .registry import ALGORITHMS, options_types
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "BlockCalls",
+    "BlockView",
     "ClipRatios",
     "Frame",
     "Ignored",
@@ -29,6 +34,7 @@ __all__ = [
     "Statistics",
     "Step",
     "SubsetView",
+    "TuneNote",
     "make_recipe",
     "new_statistics",
     "options_types",

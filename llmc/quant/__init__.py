@@ -24,6 +24,7 @@ from .spec import (
     RangeSpec,
     SymMode,
 )
+from .straight import clipped_weight, straight_through
 
 __all__ = [
     "Accumulator",
@@ -57,6 +58,7 @@ __all__ = [
     "UnitRecord",
     "bind_global_scale",
     "cache_qparams",
+    "clipped_weight",
     "fake_quantize_inputs",
     "fake_quantize_weight",
     "from_groups",
@@ -67,5 +69,6 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "static_qparams",
+    "straight_through",
     "to_groups",
 ]

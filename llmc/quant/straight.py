@@ -1,0 +1,77 @@
+"""Rounding that gradients pass straight through, for methods that learn.
+
+Rounding has no useful derivative. The straight-through estimator (Bengio et al., 2013) takes it for the identity and
+keeps what else depends on scales and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .affine import fake_quantize, qparams
+from .groups import from_groups, to_groups
+from .spec import QuantSpec
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """``s (clamp(round(w / s) + z) - z)``. With ``c`` the clamped code less ``z``, and where the clamp didn't bite,
+
+    ``d/dw = 1`` and ``d/ds = c - w / s``; elsewhere ``d/dw = 0`` and ``d/ds = c``. The zero point is a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+        ctx.save_for_backward(values, scale, zero)
+        ctx.spec = spec
+        return fake_quantize(values, scale, zero, spec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        values, scale, zero = ctx.saved_tensors
+        ratio = values / scale
+        codes = ratio.round().add_(zero)
+        inside = (codes >= ctx.spec.qmin) & (codes <= ctx.spec.qmax)
+        of_values = grad * inside if ctx.needs_input_grad[0] else None
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = codes.clamp_(ctx.spec.qmin, ctx.spec.qmax).sub_(zero).sub_(ratio.mul_(inside))
+            of_scale = slope.mul_(grad).sum_to_size(scale.shape)
+        return of_values, of_scale, None, None
+
+
+def clipped_weight(weight: Tensor, spec: QuantSpec, lo_ratio: Tensor, hi_ratio: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight rounded to nearest in shrunken min-max ranges, as ``QWeight.dequantize`` would return it.
+
+    Gradients reach the ratios and the weight, both through the codes and through the extremes that the ranges are of.
+
+    Args:
+        weight: ``[out, in]`` float32.
+        spec: an integer grid.
+        lo_ratio: ``[out, groups]`` float32, by how much the lower end of each range shrinks.
+        hi_ratio: the same of the upper end.
+        dtype: of the result.
+    """
+    groups = to_groups(weight, spec)
+    lo, hi = groups.aminmax(dim=-1)
+    scale, zero = qparams(lo.clamp(max=0) * lo_ratio, hi.clamp(min=0) * hi_ratio, spec)
+    rounded: Tensor = _FakeQuantize.apply(groups, scale[..., None], zero[..., None], spec)  # type: ignore[no-untyped-call]
+    return from_groups(rounded, weight.shape, spec).to(spec.product_dtype).to(dtype)
+
+
+def straight_through(inputs: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded`` to whoever looks at the values, ``inputs`` to the gradient; both ``[..., in]`` of one dtype."""
+    return _Identity.apply(inputs, rounded)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
