@@ -11,36 +11,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .affine import fake_quantize, qparams
+from .affine import qparams
 from .groups import from_groups, to_groups
 from .spec import QuantSpec
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """``s (clamp(round(w / s) + z) - z)``. With ``c`` the clamped code less ``z``, and where the clamp didn't bite,
+    """``s (c - z)`` with the code ``c = clamp(round(w / s) + z)``, in the dtypes that a stored weight goes through.
 
-    ``d/dw = 1`` and ``d/ds = c - w / s``; elsewhere ``d/dw = 0`` and ``d/ds = c``. The zero point is a constant.
+    Where the clamp doesn't bite, ``d/dw = 1`` and ``d/ds = c - z - w / s``; elsewhere ``d/dw = 0`` and
+    ``d/ds = c - z``. The zero point is a constant, and so are the roundings to 16 bits. Slopes are found on the way
+    forward, where most of what they're made of is at hand.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-        ctx.save_for_backward(values, scale, zero)
-        ctx.spec = spec
-        return fake_quantize(values, scale, zero, spec)
+    def forward(ctx: Any, values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+        ratio = values / scale
+        unbounded = ratio.round().add_(zero)
+        codes = unbounded.clamp(spec.qmin, spec.qmax)
+        if any(ctx.needs_input_grad):
+            inside = unbounded.eq_(codes)  # 1 or 0
+            codes.sub_(zero)
+            ctx.save_for_backward(inside if ctx.needs_input_grad[0] else None, codes - ratio.mul_(inside))
+        else:
+            codes.sub_(zero)
+        return codes.mul_(scale).to(spec.product_dtype).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
-        values, scale, zero = ctx.saved_tensors
-        ratio = values / scale
-        codes = ratio.round().add_(zero)
-        inside = (codes >= ctx.spec.qmin) & (codes <= ctx.spec.qmax)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inside, slope = ctx.saved_tensors
+        grad = grads[0].float()
         of_values = grad * inside if ctx.needs_input_grad[0] else None
-        of_scale = None
-        if ctx.needs_input_grad[1]:
-            slope = codes.clamp_(ctx.spec.qmin, ctx.spec.qmax).sub_(zero).sub_(ratio.mul_(inside))
-            of_scale = slope.mul_(grad).sum_to_size(scale.shape)
-        return of_values, of_scale, None, None
+        of_scale = (grad * slope).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
+        return of_values, of_scale, None, None, None
 
 
 def clipped_weight(weight: Tensor, spec: QuantSpec, lo_ratio: Tensor, hi_ratio: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,8 +61,8 @@ def clipped_weight(weight: Tensor, spec: QuantSpec, lo_ratio: Tensor, hi_ratio: 
     groups = to_groups(weight, spec)
     lo, hi = groups.aminmax(dim=-1)
     scale, zero = qparams(lo.clamp(max=0) * lo_ratio, hi.clamp(min=0) * hi_ratio, spec)
-    rounded: Tensor = _FakeQuantize.apply(groups, scale[..., None], zero[..., None], spec)  # type: ignore[no-untyped-call]
-    return from_groups(rounded, weight.shape, spec).to(spec.product_dtype).to(dtype)
+    rounded: Tensor = _FakeQuantize.apply(groups, scale[..., None], zero[..., None], spec, dtype)  # type: ignore[no-untyped-call]
+    return from_groups(rounded, weight.shape, spec)
 
 
 def straight_through(inputs: Tensor, rounded: Tensor) -> Tensor:
