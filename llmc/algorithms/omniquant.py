@@ -110,10 +110,11 @@ class OmniQuant(Algorithm):
 
         groups = self._groups(sites, clips)
         note = fit(groups, loss, len(calls), epochs=options.epochs, weight_decay=options.wd)
-        for site in sites:
-            site.fold()
-        for name, clip in clips.items():
-            view.subsets[0].clips[name] = clip.ratios()
+        with torch.no_grad():
+            for site in sites:
+                site.fold()
+            for subset in view.subsets:
+                subset.clips.update({name: clips[name].ratios() for name in subset.specs})
         return note
 
     def _sites(self, view: BlockView) -> list[Site]:

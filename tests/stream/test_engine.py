@@ -84,11 +84,14 @@ class Pass:
     kv: KvSpec | None = None
     decoded: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
     witness: Witness = field(default_factory=Witness)
 
     def recipe(self) -> Recipe:
         methods, quant_out = self.method.split("+"), self.quant_out
-        return make_recipe(methods, {}, self.spec, self.ignored, quant_out=quant_out, act=self.act, kv=self.kv)
+        return make_recipe(
+            methods, self.options, self.spec, self.ignored, quant_out=quant_out, act=self.act, kv=self.kv
+        )
 
     def sinks(self) -> list[Sink]:
         made = []
