@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, set_seed
 from .algorithms import Frame, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
-from .errors import DataError, ExportError
+from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer
 from .models import ModelAdapter, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
@@ -115,6 +115,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     )
     heads = heads_of(model_config.get_text_config())
     recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
+    _check_learning(recipe, compute)
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
     frame = _frame(recipe, adapter, model_config.get_text_config())
@@ -169,6 +170,16 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> F
     return Frame(
         adapter.subsets(config), heads_of(config), residual_of(adapter, config), config.hidden_size, recipe.seed
     )
+
+
+def _check_learning(recipe: Recipe, compute: torch.dtype) -> None:
+    """Refuse gradients in float16, where small ones vanish."""
+    learning = [step.algorithm.name for step in recipe.steps if step.algorithm.learns]
+    if learning and compute == torch.float16:
+        raise ConfigError(
+            f"model.torch_dtype: {learning[0]} learns by gradients, for which float16 is too narrow",
+            "set model.torch_dtype to torch.bfloat16 or torch.float32",
+        )
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
