@@ -115,6 +115,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     )
     heads = heads_of(model_config.get_text_config())
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
+    _check_learning(recipe, compute)
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
     _check_dropping(recipe, len(skeleton.blocks))
@@ -188,6 +189,16 @@ def _check_dropping(recipe: Recipe, blocks: int) -> None:
         raise ConfigError(
             f"sparse.weight.n_prune_layers: {recipe.drop_blocks}, but the model has {blocks} blocks{kept}",
             f"the most is {min(free, blocks - 1)}",
+        )
+
+
+def _check_learning(recipe: Recipe, compute: torch.dtype) -> None:
+    """Refuse gradients in float16, where small ones vanish."""
+    learning = [step.algorithm.name for step in recipe.steps if step.algorithm.learns]
+    if learning and compute == torch.float16:
+        raise ConfigError(
+            f"model.torch_dtype: {learning[0]} learns by gradients, for which float16 is too narrow",
+            "set model.torch_dtype to torch.bfloat16 or torch.float32",
         )
 
 

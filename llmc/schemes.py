@@ -101,14 +101,15 @@ def unavailable(quant: QuantConfig) -> list[str]:
     """Keys of weights and activations that the schema knows and this version doesn't do."""
     sections = {"quant": (quant.weight, quant.act)}
     sections |= {f"quant.mix_bits.{name}": (one.weight, one.act) for name, one in quant.mix_bits.items()}
-    return [key for section, pair in sections.items() for key in _unavailable_pair(section, *pair)]
+    learned = "OmniQuant" in quant.method
+    return [key for section, pair in sections.items() for key in _unavailable_pair(section, *pair, learned=learned)]
 
 
-def _unavailable_pair(section: str, weight: WeightConfig | None, act: ActConfig | None) -> list[str]:
+def _unavailable_pair(section: str, weight: WeightConfig | None, act: ActConfig | None, *, learned: bool) -> list[str]:
     missing = []
     if weight is not None:
         missing += _unavailable(f"{section}.weight", weight, ("per_tensor", "per_channel", "per_group", "per_block"))
-        if weight.calib_algo not in ("minmax", "mse"):
+        if weight.calib_algo not in ("minmax", "mse") and not (learned and weight.calib_algo == "learnable"):
             missing.append(f"{section}.weight.calib_algo: {weight.calib_algo}")
     if act is not None:
         missing += _unavailable(f"{section}.act", act, ("per_tensor", "per_token", "per_group"))

@@ -2,6 +2,8 @@
 
 from .base import (
     Algorithm,
+    BlockCalls,
+    BlockView,
     ClipRatios,
     Frame,
     InspectCalls,
@@ -11,6 +13,7 @@ from .base import (
     Options,
     Statistics,
     SubsetView,
+    TuneNote,
     is_named,
     new_statistics,
 )
@@ -24,7 +27,9 @@ __all__ = [
     "ALGORITHMS",
     "SHORTGPT",
     "Algorithm",
+    "BlockCalls",
     "BlockInfluence",
+    "BlockView",
     "ClipRatios",
     "Frame",
     "Ignored",
@@ -39,6 +44,7 @@ __all__ = [
     "Statistics",
     "Step",
     "SubsetView",
+    "TuneNote",
     "is_named",
     "least_influential",
     "make_recipe",

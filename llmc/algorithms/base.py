@@ -54,11 +54,13 @@ class Needs:
         sequential: a subset's statistics must come from inputs that the already compressed subsets produced.
         compressed_stream: calibrate on the compressed model's activations (``quant_out``, ``sparsity_out``) rather than
             the original's.
+        targets: the original block's outputs on the original's inputs, to learn them.
     """
 
     data: bool
     sequential: bool = False
     compressed_stream: bool = False
+    targets: bool = False
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,62 @@ class SubsetView:
                 parameter.data = data
 
 
+class BlockCalls(Protocol):
+    """A block's calls on the calibration batches, for a method that learns.
+
+    Whoever wants gradients asks for them (``torch.enable_grad``); the engine computes without.
+    """
+
+    def __len__(self) -> int: ...
+
+    def output(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Output of batch ``batch`` with these weights in place of the block's own, by name, and with inputs rounded as
+        the compressed block will round them. Gradients reach the weights, straight through the rounding."""
+        ...
+
+    def plain(self, batch: int) -> Tensor:
+        """Output of the block as it is, on the same inputs, not rounded."""
+        ...
+
+    def target(self, batch: int) -> Tensor:
+        """Output of the original model's block on the original model's inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A whole block, for a method that learns scales and clips. It leaves them in the views of the subsets.
+
+    Attributes:
+        subsets: views of all subsets, in execution order, with statistics of the inputs that the calls have.
+        weights: the block's parameters by name, as they are.
+        calls: the block's calls.
+        transformed: whether a step before has chosen scales from data: there is nothing to guess.
+    """
+
+    subsets: Sequence[SubsetView]
+    weights: Mapping[str, Tensor]
+    calls: BlockCalls
+    transformed: bool
+
+
+@dataclass(frozen=True)
+class TuneNote:
+    """What the report says of a block that was learned.
+
+    Attributes:
+        start: loss over all batches before the first step.
+        end: the same with what was kept.
+        epoch: the epoch that was kept; 0: nothing was better than the start.
+        stopped: why learning ended early.
+    """
+
+    start: float
+    end: float
+    epoch: int
+    stopped: str | None = None
+
+
 @dataclass(frozen=True)
 class Frame:
     """What a transform that needs no data may know of the whole model.
@@ -303,6 +361,9 @@ class Algorithm:
     folds: bool = True
     """Of a transform with data: whether it moves a scale into what is in front of a subset."""
 
+    learns: ClassVar[bool] = False
+    """Whether ``tune`` is to be called for each block before ``subset``. Only quantizers may."""
+
     def needs(self, *, quant_out: bool | None) -> Needs:
         """What to ask of the engine, given ``quant_out`` (of a pruner: ``sparsity_out``); None: its own habit."""
         raise NotImplementedError
@@ -316,8 +377,19 @@ class Algorithm:
         """Whether its groups aren't runs of consecutive columns, so that a checkpoint would need an index of them."""
         return False
 
+    def check(self, spec: QuantSpec | None, act: ActSpec | None) -> None:
+        """Refuse a scheme that it can't do, before a weight is read.
+
+        Raises:
+            ConfigError: names the key.
+        """
+
     def subset(self, view: SubsetView) -> None:
-        """Called once for each subset of each block, with its statistics ready."""
+        """Called once for each subset of each block, with its statistics ready. Behind ``tune`` there are none."""
+        raise NotImplementedError
+
+    def tune(self, view: BlockView) -> TuneNote:
+        """Learn clips, scales and shifts of a whole block; they are folded before ``subset`` is called."""
         raise NotImplementedError
 
     def embedding(self, weights: Mapping[str, Tensor], frame: Frame) -> dict[str, Tensor]:

@@ -124,8 +124,9 @@ class Recipe:
 
     @property
     def original_stream(self) -> bool:
-        """Whether any step is calibrated on the original model's activations."""
-        return any(step.needs.data and not step.needs.compressed_stream for step in self.steps)
+        """Whether any step is calibrated on the original model's activations, or learns what it does with them."""
+        reading = (step.needs for step in self.steps if step.needs.data)
+        return any(needs.targets or not needs.compressed_stream for needs in reading)
 
 
 _ORDER = ("transform", "pruner", "quantizer")
@@ -162,8 +163,8 @@ def make_recipe(
 
     Raises:
         ConfigError: two pruners or weight quantizers, a method behind one that must come later, a method named twice, a
-            pruner without a sparsity, or no grid for the weights, unless there is one for the KV cache and no method
-            minds.
+            pruner without a sparsity, a scheme that a method can't do, or no grid for the weights, unless there is one
+            for the KV cache and no method minds.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -184,6 +185,8 @@ def make_recipe(
             "quant.weight is missing: no grid for the weights",
             f"add quant.weight.bit and its granularity{_or_rtn(needing) if kv is not None else ''}",
         )
+    for algorithm in chosen:
+        algorithm.check(spec, act)
     if sparsity is None and "pruner" in kinds:
         pruner = chosen[kinds.index("pruner")].name
         raise ConfigError(f"{pruner} prunes, but nothing says how much", "add sparse.weight.sparsity")

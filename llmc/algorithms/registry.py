@@ -6,6 +6,7 @@ from .awq import Awq
 from .base import Algorithm, Options
 from .gptq import GPTQ
 from .magnitude import Magnitude
+from .omniquant import OmniQuant
 from .osplus import OsPlus
 from .quarot import Quarot
 from .rtn import RTN
@@ -25,6 +26,7 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
     Magnitude,
     Wanda,
     SparseGPT,
+    OmniQuant,
 )
 
 

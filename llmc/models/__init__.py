@@ -1,7 +1,7 @@
 """Architectures as data, and the function-preserving changes that they allow."""
 
 from .adapter import Heads, ModelAdapter, Residual, Space, Subset, heads_of
-from .fold import ScaleRule, fold_scale, fold_shift, scale_rule
+from .fold import ScaleRule, fold_scale, fold_shift, scale_rule, smoothed
 from .registry import ADAPTERS, find_adapter
 from .rotate import residual_of, rotate_block, rotate_embedding, rotate_head
 from .selection import BlockSelection
@@ -24,4 +24,5 @@ __all__ = [
     "rotate_embedding",
     "rotate_head",
     "scale_rule",
+    "smoothed",
 ]

@@ -25,6 +25,7 @@ from .spec import (
     RangeSpec,
     SymMode,
 )
+from .straight import clipped_weight, straight_through
 
 __all__ = [
     "Accumulator",
@@ -59,6 +60,7 @@ __all__ = [
     "UnitRecord",
     "bind_global_scale",
     "cache_qparams",
+    "clipped_weight",
     "fake_quantize_inputs",
     "fake_quantize_weight",
     "from_groups",
@@ -69,5 +71,6 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "static_qparams",
+    "straight_through",
     "to_groups",
 ]

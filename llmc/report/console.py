@@ -58,6 +58,8 @@ class ProgressListener:
         for name, note in row["layers"].items():
             if note["fallback"]:
                 self._rich.print(f"[yellow]warning:[/] {row['unit']}, {name}: {note['fallback']}")
+        if row["tuning"] is not None and row["tuning"]["stopped"]:
+            self._rich.print(f"[yellow]warning:[/] {row['unit']}: {row['tuning']['stopped']}; kept the best before it")
 
     def phase(self, text: str) -> None:
         """What is going on now."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..eval.perplexity import Perplexity
 
 SCHEMA = 1
-_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "cache_ranges")
+_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def make_metrics(
     of a pruned one the fraction of zeros and, if a quantizer followed, the error that it found (``error`` is then the
     quantizer's own); ``inputs`` the calibrated range of each subset's input where activations have
     static scales. ``blocks_dropped`` gives the influence of every block of the original model and the numbers of those
-    that were left out; ``unit`` keeps the original numbers."""
+    that were left out; ``unit`` keeps the original numbers.
+    ``tuning`` is the loss at the start and at the end of a block that was learned, and the epoch that was kept."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
     fallbacks = [
         {"block": row["unit"], "layer": name, "why": note["fallback"]}
@@ -82,10 +83,7 @@ def make_metrics(
         "peak_host_bytes": measured.peak_host,
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
-        "blocks": [
-            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges")}
-            for row in blocks
-        ],
+        "blocks": [{key: row[key] for key in _BLOCK_KEYS} for row in blocks],
         "config": dict(config),
     }
 

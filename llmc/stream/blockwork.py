@@ -11,7 +11,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import ClipRatios, Frame, LayerNote, Online, Recipe, Statistics, Step, SubsetView, new_statistics
+from ..algorithms import (
+    BlockView,
+    ClipRatios,
+    Frame,
+    LayerNote,
+    Online,
+    Recipe,
+    Statistics,
+    Step,
+    SubsetView,
+    TuneNote,
+    new_statistics,
+)
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import (
     ActSpec,
@@ -26,7 +38,8 @@ from ..quant import (
 )
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
-from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
+from .stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
+from .training import LearningCalls, repeatable
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class BlockWork:
         scales: largest and smallest folded input scale of each subset.
         inputs: what rounds the Linears' inputs.
         ranges: of the block's keys and values, for a static KV cache.
+        tuning: what the report says of learning the block, if it was learned.
     """
 
     context: WorkContext
@@ -71,6 +85,7 @@ class BlockWork:
     pruned: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, list[float]] = field(default_factory=dict)
     ranges: KvRanges | None = None
+    tuning: TuneNote | None = None
     _pending: list[Tensor] | None = None
     _behind: bool = False
     inputs: BlockInputs = field(init=False)
@@ -108,13 +123,16 @@ class BlockWork:
 
         A transform folds only when it has seen all subsets, so its forward is that of the unchanged block, and its
         outputs are the original stream's next inputs for nothing. Where several steps read that stream, or one changes
-        weights on the way, the outputs are computed beforehand and take the inputs' place when all have read them.
+        weights on the way, or learns those outputs, they are computed beforehand and take the inputs' place when all
+        have read them; where nobody reads the inputs, at once.
         """
         readers = [s for s in self._data_steps() if not s.needs.compressed_stream]
-        single = len(readers) == 1 and not readers[0].needs.sequential
+        single = len(readers) == 1 and not readers[0].needs.sequential and not readers[0].needs.targets
         first = single and readers[0] is self.context.recipe.in_block[0]
         pending = None
-        if original is not None and not first:
+        if original is not None and not readers:
+            propagate(original)
+        elif original is not None and not first:
             pending = [original.forward(batch).cpu() for batch in range(len(original.inputs))]
         for step in self.context.recipe.in_block:
             run = compressed if step.needs.compressed_stream else original
@@ -141,13 +159,23 @@ class BlockWork:
             raise ValueError("a recipe ends with a pruner or a quantizer")
         if step.algorithm.kind == "quantizer":
             run = compressed if step.needs.compressed_stream else original
+            if step.algorithm.learns:
+                self._learn(step, run, original)
+                self._phase(step, None, keep=False)
+                self._flush(original)
+                return False
             self._behind = step.needs.data and step.needs.sequential and step.needs.compressed_stream
             keep = self._behind if run is compressed else self._pending is None and original is not None
             self._phase(step, run if step.needs.data else None, keep=keep)
+        self._flush(original)
+        return self._behind
+
+    def _flush(self, original: BlockRun | None) -> None:
+        """Put the original block's outputs in their inputs' place, if they are still waiting."""
         if original is not None and self._pending is not None:
             for batch, output in enumerate(self._pending):
                 original.inputs.store(batch, output)
-        return self._behind
+        self._pending = None
 
     def _data_steps(self) -> list[Step]:
         return [step for step in self.context.recipe.steps if step.needs.data]
@@ -181,6 +209,34 @@ class BlockWork:
                 self._runner(step, searching)(run, stages, solve, keep=keep)
         for view in views:
             self._fold(view)
+
+    def _learn(self, step: Step, run: BlockRun | None, original: BlockRun | None) -> None:
+        """Let the step learn scales and clips against the original block's outputs, and fold what it found.
+
+        Raises:
+            ValueError: a stream is missing.
+        """
+        if run is None or original is None:
+            raise ValueError(f"{step.algorithm.name} needs calibration streams of both models")
+        if run is not original:
+            self._flush(original)  # nobody reads the original's inputs any more
+        pending = self._pending
+        targets = partial(original.inputs.load, device=run.device) if pending is None else pending.__getitem__
+        views: list[SubsetView] = []
+
+        def look(position: int, statistics: Statistics, calls: HeldCalls) -> None:
+            views.append(self._view(self.context.subsets[position], statistics, None))
+
+        stages = [self._stage(subset, step, searching=False) for subset in self.context.subsets]
+        run_together(run, stages, look, keep=False)
+        weights = {name: parameter.data for name, parameter in self.block.named_parameters()}
+        transformed = any(one.algorithm.kind == "transform" for one in self.context.recipe.in_block)
+        calls = LearningCalls(run, self.inputs, targets)
+        with repeatable(self.context.device):
+            self.tuning = step.algorithm.tune(BlockView(views, weights, calls, transformed))
+        for view in views:
+            self._fold(view)
+        self._store_plain()
 
     def _runner(self, step: Step, searching: bool) -> Callable[..., None]:
         if not step.needs.sequential and not searching:

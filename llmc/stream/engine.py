@@ -249,6 +249,7 @@ class Engine:
             "scales": work.scales,
             "inputs": work.inputs.ranges,
             "cache_ranges": None if work.ranges is None else asdict(work.ranges),
+            "tuning": None if work.tuning is None else asdict(work.tuning),
             "error": self._relative_error(),
         }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,17 @@ class BlockInputs:
         """A subset is compressed: its inputs are rounded from now on."""
         if key in self._quantizers:
             self._quantizers[key].switch_on(found)
+
+    @contextmanager
+    def rounding(self) -> Iterator[None]:
+        """Within the context all inputs are rounded, with dynamic scales."""
+        try:
+            for key in self._quantizers:
+                self.switch_on(key, None)
+            yield
+        finally:
+            for quantizer in self._quantizers.values():
+                quantizer.switch_off()
 
     def restore(self, ranges: Mapping[str, Sequence[float]]) -> None:
         """Switch all subsets on, with the static ranges that ``ranges`` returned in an earlier run."""
