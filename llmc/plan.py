@@ -12,7 +12,7 @@ import torch
 from .algorithms import Recipe
 from .errors import ConfigError, ModelError
 from .export import Exporter, Layer
-from .models import Subset
+from .models import Subset, heads_of
 from .quant import PerGroup, QuantSpec
 from .stream.headers import TensorEntry
 from .stream.skeleton import HEAD, Skeleton, block_unit
@@ -54,6 +54,7 @@ def make_layers(
     """
     stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
     prefix = next(name for name, module in skeleton.model.named_modules() if module is skeleton.blocks)
+    heads = heads_of(skeleton.model.config.get_text_config())
     layers, touched = [], False
     for index in range(len(skeleton.blocks)):
         for subset in subsets:
@@ -68,7 +69,8 @@ def make_layers(
                 place = (index, name, f"{prefix}.{index}.{name}")
                 touched |= recipe.ignored.covers(*place)
                 spec, sparsity = recipe.spec_of(*place), recipe.sparsity_of(*place)
-                act = None if spec is None else recipe.act
+                act = None if spec is None else recipe.act or recipe.clustered
+                spec = None if spec is None else recipe.bound_spec(spec, subset, heads)
                 layers.append(Layer(full, rows, columns, spec, tuple(fused), sparsity, act))
     _check_groups(layers)
     _check_runs(layers)
@@ -123,8 +125,7 @@ def bits_per_weight(layers: list[Layer]) -> float | None:
 def layer_bits(layer: Layer, spec: QuantSpec) -> float:
     """Bits of a layer's codes, scales and zero points."""
     groups = math.prod(spec.scale_shape(layer.rows, layer.columns))
-    zero = 0 if spec.symmetric else spec.bits
-    return layer.rows * layer.columns * spec.bits + groups * (8 * spec.scale_dtype.itemsize + zero)
+    return layer.rows * layer.columns * spec.bits + groups * (8 * spec.scale_dtype.itemsize + spec.zero_bits)
 
 
 def make_estimate(

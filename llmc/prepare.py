@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PretrainedConfig, set_seed
 from .algorithms import Frame, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
-from .errors import DataError, ExportError
+from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer
-from .models import ModelAdapter, find_adapter, heads_of, residual_of
+from .models import ModelAdapter, check_reorderable, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
@@ -117,6 +117,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
+    if recipe.clusters:
+        check_reorderable(subsets)
+        _check_clustered(config, recipe, skeleton)
     frame = _frame(recipe, adapter, model_config.get_text_config())
     layers = make_layers(skeleton, entries, subsets, recipe)
     stored = stored_dtype(entries, layers)
@@ -169,6 +172,30 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> F
     return Frame(
         adapter.subsets(config), heads_of(config), residual_of(adapter, config), config.hidden_size, recipe.seed
     )
+
+
+def _check_clustered(config: Config, recipe: Recipe, skeleton: Skeleton) -> None:
+    """Refuse evaluations that a method of clusters doesn't take part in, and a model whose attention it can't round.
+
+    Raises:
+        ConfigError: names the evaluation.
+        ModelError: says why.
+    """
+    if recipe.clustered is None:
+        return
+    check_attention(skeleton.model)
+    method = recipe.steps[-1].algorithm.name
+    for one in config.eval:
+        if one.eval_pos and one.type == "decode_ppl":
+            raise ConfigError(
+                f"eval type 'decode_ppl': {method} rounds the attention of whole windows",
+                "use type ppl: its ranges are static, so that decoding token by token gives the same",
+            )
+        if "fake_quant_wo_kv" in one.eval_pos:
+            raise ConfigError(
+                f"eval.eval_pos: fake_quant_wo_kv: {method} quantizes the KV cache with everything else",
+                "use fake_quant; without quant.act only weights are quantized",
+            )
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:

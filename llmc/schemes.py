@@ -16,6 +16,7 @@ from .quant import (
     Observer,
     PerBlock,
     PerChannel,
+    PerCluster,
     PerGroup,
     PerTensor,
     PerToken,
@@ -60,7 +61,8 @@ def act_spec(act: ActConfig) -> ActSpec:
         grid = QuantSpec.floating(_GRIDS[act.bit], _granularity(act), scale_dtype)
     else:
         grid = QuantSpec(act.bit, act.symmetric, _granularity(act))
-    return ActSpec(grid, _observer(act) if act.static or grid.is_nvfp4 else None)
+    observed = (act.static and act.granularity != "per_cluster") or grid.is_nvfp4
+    return ActSpec(grid, _observer(act) if observed else None)
 
 
 def _granularity(tensor: TensorConfig) -> Granularity:
@@ -69,7 +71,12 @@ def _granularity(tensor: TensorConfig) -> Granularity:
         return PerGroup(int(tensor.group_size or 0))
     if isinstance(tensor, WeightConfig) and shared == "per_block":
         return PerBlock(int(tensor.block_size or 0))
-    kinds: dict[str, Granularity] = {"per_tensor": PerTensor(), "per_channel": PerChannel(), "per_token": PerToken()}
+    kinds: dict[str, Granularity] = {
+        "per_tensor": PerTensor(),
+        "per_channel": PerChannel(),
+        "per_token": PerToken(),
+        "per_cluster": PerCluster(),
+    }
     return kinds[shared]
 
 
@@ -83,11 +90,13 @@ def unavailable(quant: QuantConfig) -> list[str]:
     """Keys of weight and activations that the schema knows and this version doesn't do."""
     weight, act, missing = quant.weight, quant.act, []
     if weight is not None:
-        missing += _unavailable("quant.weight", weight, ("per_tensor", "per_channel", "per_group", "per_block"))
+        missing += _unavailable(
+            "quant.weight", weight, ("per_tensor", "per_channel", "per_group", "per_block", "per_cluster")
+        )
         if weight.calib_algo not in ("minmax", "mse"):
             missing.append(f"quant.weight.calib_algo: {weight.calib_algo}")
     if act is not None:
-        missing += _unavailable("quant.act", act, ("per_tensor", "per_token", "per_group"))
+        missing += _unavailable("quant.act", act, ("per_tensor", "per_token", "per_group", "per_cluster"))
         further = {"quant_attn": act.quant_attn, "quant_softmax": act.quant_softmax, "quant_act_fn": act.quant_act_fn}
         missing += [f"quant.act.{key}" for key, asked in further.items() if asked]
     return missing

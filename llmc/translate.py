@@ -145,7 +145,11 @@ def make_exporters(config: Config, recipe: Recipe, stored: torch.dtype, compute:
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    return [kind(recipe.spec, stored, compute, recipe.act, recipe.kv) for kind in EXPORTERS if kind.name in asked]
+    return [
+        kind(recipe.spec, stored, compute, recipe.act or recipe.clustered, recipe.kv)
+        for kind in EXPORTERS
+        if kind.name in asked
+    ]
 
 
 def calibration_spec(config: Config) -> CalibrationSpec | None:

@@ -2,6 +2,7 @@
 
 from .base import (
     Algorithm,
+    AttentionRanges,
     ClipRatios,
     Frame,
     InspectCalls,
@@ -18,6 +19,7 @@ from .registry import ALGORITHMS, options_types
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
+    "AttentionRanges",
     "ClipRatios",
     "Frame",
     "Ignored",

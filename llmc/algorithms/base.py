@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..models import Heads, Residual, ScaleRule, Subset, scale_rule
-from ..quant import Accumulator, ActSpec, QuantSpec, QWeight, Sparsity
-from .stats import AbsMax, AbsMean, ChannelRange, Gram, SumSquares
+from ..quant import Accumulator, ActSpec, ClusterGrid, QuantSpec, QWeight, Sparsity
+from .stats import AbsMax, AbsMean, ChannelRange, Gram, SequenceRange, SumSquares
 
 
 class Options(BaseModel):
@@ -47,6 +47,7 @@ class Statistics:
     abs_max: AbsMax | None = None
     channel_range: ChannelRange | None = None
     sum_squares: SumSquares | None = None
+    sequence_range: SequenceRange | None = None
     ranges: Accumulator | None = None
 
     def update(self, inputs: Tensor) -> None:
@@ -60,8 +61,18 @@ class Statistics:
         """Number of tokens seen."""
         return max((statistic.tokens for statistic in self._of_channels() if statistic is not None), default=0)
 
-    def _of_channels(self) -> tuple[Gram | AbsMean | AbsMax | ChannelRange | SumSquares | None, ...]:
-        return self.gram, self.abs_mean, self.abs_max, self.channel_range, self.sum_squares
+    def _of_channels(self) -> tuple[Gram | AbsMean | AbsMax | ChannelRange | SumSquares | SequenceRange | None, ...]:
+        return self.gram, self.abs_mean, self.abs_max, self.channel_range, self.sum_squares, self.sequence_range
+
+
+@dataclass(frozen=True)
+class AttentionRanges:
+    """What attention sees of a block, heads side by side: queries, scaled and behind a rotary embedding,
+    ``[sequences, query heads * dim]``; keys and values ``[sequences, kv heads * dim]``."""
+
+    query: SequenceRange = field(default_factory=SequenceRange)
+    key: SequenceRange = field(default_factory=SequenceRange)
+    value: SequenceRange = field(default_factory=SequenceRange)
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,9 @@ class SubsetView:
         quantized: results of a quantizer, by Linear.
         notes: what the report says, by Linear.
         act: how the shared input is quantized, or None.
+        clustered: how tensors inside the block are quantized by clusters of channels, or None.
+        attention: ranges in the block's attention, where tensors inside it are quantized by clusters.
+        clusters: results of a method that clusters channels: ``input``, and of attention ``query``, ``key``, ``value``.
         scale: the input scale that was chosen for folding into ``prev``.
         shift: the input shift that was chosen for folding.
     """
@@ -148,6 +162,9 @@ class SubsetView:
     quantized: dict[str, QWeight] = field(default_factory=dict)
     notes: dict[str, LayerNote] = field(default_factory=dict)
     act: ActSpec | None = None
+    clustered: ActSpec | None = None
+    attention: AttentionRanges | None = None
+    clusters: dict[str, ClusterGrid] = field(default_factory=dict)
     scale: tuple[Tensor, ScaleRule] | None = None
     shift: Tensor | None = None
 
@@ -246,6 +263,13 @@ class Algorithm:
     works_without_grid: ClassVar[bool] = False
     """Whether it may be named in a run that leaves the weights as they are."""
 
+    clusters: ClassVar[bool] = False
+    """Whether it makes clusters of channels, which reorder the block: all ``view.clusters`` of every subset."""
+
+    def cluster_count(self, subset: Subset, heads: Heads) -> int:
+        """At most how many clusters the input of a subset has."""
+        raise NotImplementedError
+
     def needs(self, *, quant_out: bool | None) -> Needs:
         """What to ask of the engine, given ``quant_out`` (of a pruner: ``sparsity_out``); None: its own habit."""
         raise NotImplementedError
@@ -288,6 +312,7 @@ def new_statistics(
         abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
         sum_squares=SumSquares(columns, device) if "sum_squares" in wanted else None,
         ranges=None if act is None or act.observer is None else act.observer.accumulator(act.grid),
+        sequence_range=SequenceRange() if "sequence_range" in wanted else None,
         abs_max=AbsMax(columns, device) if "abs_max" in wanted else None,
         channel_range=ChannelRange(columns, device) if "channel_range" in wanted else None,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import ActSpec, KvSpec, QuantSpec, Sparsity
+from ..models import Heads, Subset
+from ..quant import ActSpec, KvSpec, PerCluster, QuantSpec, Sparsity
 from .base import Algorithm, Needs
+from .clustering import check_clusters
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
 
@@ -62,6 +64,7 @@ class Recipe:
         sparsity: how much of every Linear is pruned; None when nothing is.
         act: how the inputs of quantized Linears are quantized; None: they aren't.
         kv: how the KV cache of the compressed model is quantized; None if it isn't.
+        clustered: how tensors inside the blocks are quantized by a method that clusters channels; None: they aren't.
     """
 
     steps: tuple[Step, ...]
@@ -71,6 +74,7 @@ class Recipe:
     sparsity: Sparsity | None = None
     act: ActSpec | None = None
     kv: KvSpec | None = None
+    clustered: ActSpec | None = None
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
@@ -89,6 +93,17 @@ class Recipe:
     def in_block(self) -> tuple[Step, ...]:
         """The steps after those."""
         return tuple(step for step in self.steps if not step.at_load)
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the quantizer makes clusters of channels, which reorder blocks."""
+        return bool(self.steps) and self.steps[-1].algorithm.clusters
+
+    def bound_spec(self, spec: QuantSpec, subset: Subset, heads: Heads) -> QuantSpec:
+        """A grid of the weights with what it takes from the subset: the number of its input's clusters."""
+        if not self.clusters:
+            return spec
+        return replace(spec, granularity=PerCluster(self.steps[-1].algorithm.cluster_count(subset, heads)))
 
     @property
     def needs_data(self) -> bool:
@@ -141,8 +156,8 @@ def make_recipe(
 
     Raises:
         ConfigError: two pruners or weight quantizers, a method behind one that must come later, a method named twice, a
-            pruner without a sparsity, or no grid for the weights, unless there is one for the KV cache and no method
-            minds.
+            pruner without a sparsity, clusters that something doesn't go with, or no grid for the weights, unless there
+            is one for the KV cache and no method minds.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -152,6 +167,7 @@ def make_recipe(
         kind = known[name]
         chosen.append(kind(options.get(name) or kind.options_type()))  # type: ignore[call-arg]
     _check_order(chosen)
+    check_clusters(chosen, spec, act, kv)
     kinds = [algorithm.kind for algorithm in chosen]
     if "quantizer" not in kinds and (spec is not None or kinds != ["pruner"]):
         chosen.append(RTN(RTNOptions()))
@@ -170,7 +186,8 @@ def make_recipe(
         needs[-1] = range_needs(quant_out)
     steps = tuple(map(Step, chosen, needs))
     _check_loading(steps)
-    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv)
+    recipe = Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv)
+    return replace(recipe, act=None, clustered=act) if recipe.clusters else recipe
 
 
 def _or_rtn(needing: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from .gptq import GPTQ
 from .magnitude import Magnitude
 from .osplus import OsPlus
 from .quarot import Quarot
+from .rptq import RPTQ
 from .rtn import RTN
 from .smoothquant import SmoothQuant
 from .sparsegpt import SparseGPT
@@ -20,6 +21,7 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
     SmoothQuant,
     OsPlus,
     Quarot,
+    RPTQ,
     Magnitude,
     Wanda,
     SparseGPT,

@@ -18,9 +18,10 @@ from ..errors import RunError
 from ..models import Heads, Subset
 from ..quant import KvRanges, UnitRecord
 from .activations import ActivationStore
-from .attention import attending_to_cache, cache_ranges
+from .attention import attending, attending_to_cache, cache_ranges
 from .blockwork import BlockWork, WorkContext
 from .calls import Call, record, token_losses
+from .clustered import ClusteredBlock
 from .edges import Edges
 from .journal import Journal
 from .memory import give_back_memory, short_collections
@@ -132,6 +133,7 @@ class Engine:
         self._batches = {"calib": calib, "eval": evaluation, "decode": decoding}
         self._measured = evaluation.positions | decoding.positions
         self._ranges: KvRanges | None = None
+        self._clustered: ClusteredBlock | None = None
         self._sinks, self._transformed = sinks, transformed
         self._store, self._journal, self._device = store, journal, device
         self._options, self._listener = options, listener
@@ -238,9 +240,10 @@ class Engine:
         del raw
         give_back_memory()
         block = self._skeleton.blocks[index]
-        self._ranges = None
+        self._ranges = self._clustered = None
         self._evaluate(index, "pretrain")
         work = BlockWork(self._work, index, block, self._prefix(index), stored)
+        self._clustered = work.clustered
         self._timed("calibrate", work.load)
         row = self._journal.unit(unit)
         if row is None:
@@ -250,7 +253,7 @@ class Engine:
         else:
             self._replay(index, unit, work, row)
         self._gate(index)
-        work.inputs.remove()
+        work.remove_hooks()
         self._skeleton.release(block)
         del work, block
         give_back_memory()
@@ -287,6 +290,7 @@ class Engine:
             "layers": {name: _note(note) for name, note in work.notes.items()},
             "scales": work.scales,
             "inputs": work.inputs.ranges,
+            "clusters": work.plain_clusters,
             "cache_ranges": None if work.ranges is None else asdict(work.ranges),
             "error": self._relative_error(),
         }
@@ -302,6 +306,7 @@ class Engine:
             work.set_weights(self._transformed.read(unit, row["outputs"][self._transformed.format.name]))
             self._evaluate(index, "transformed")
         if self._sinks:
+            work.restore_clusters(row["clusters"])
             work.set_weights(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
             work.inputs.restore(row["inputs"])
         if compressed is not None:
@@ -317,8 +322,12 @@ class Engine:
         return BlockRun(self._skeleton.blocks[index], self._store.streams[stream], calls, self._device, attention)
 
     def _attention(self, stream: str) -> AbstractContextManager[None]:
-        """The compressed model attends over its quantized KV cache, also where it's calibrated."""
+        """The compressed model attends over its quantized KV cache, also where it's calibrated, or with what a method
+        of clusters rounds; that one watches the attention of whatever stream calibrates it."""
         kind, _, state = stream.partition(".")
+        clustered = self._clustered
+        if clustered is not None and clustered.on:
+            return attending(self._skeleton.model, clustered.attend)
         kv = self._recipe.kv if state in ("compressed", "fake_quant") else None
         return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode")
 
