@@ -97,14 +97,14 @@ class ClusterQuantizer:
     Args:
         grid: the grid.
         device: of the tensors.
-        reordered: they come in the grid's ``order``.
+        order: the channel at each of their places, ``[channels]`` int64; None: they come as the grid knows them.
     """
 
-    def __init__(self, grid: ClusterGrid, device: torch.device, *, reordered: bool) -> None:
+    def __init__(self, grid: ClusterGrid, device: torch.device, order: Tensor | None = None) -> None:
         if grid.bits is None:
             raise ValueError("a grid without bits rounds nothing")
         labels = torch.tensor(grid.labels)
-        labels = labels[grid.order] if reordered else labels
+        labels = labels if order is None else labels[order]
         scale, zero = cluster_qparams(torch.tensor(grid.lo), torch.tensor(grid.hi), grid.bits)
         self._scale, self._zero = scale[labels].to(device), zero[labels].to(device)
         self._last = 2 ** (grid.bits - 1) - 1

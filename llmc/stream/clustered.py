@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 
 from ..algorithms import AttentionRanges
-from ..models import Heads, Moves, Orders, Subset, gather_norms, plan_moves, reorder_block
+from ..models import Heads, Moves, Orders, Subset, gather_norms, over_query_heads, plan_moves, reorder_block
 from ..quant import ClusterGrid, ClusterQuantizer
 
 _QUERIES = 512  # of a window that are attended at once
@@ -71,20 +71,20 @@ class ClusteredBlock:
         """
         self.grids = dict(grids)
         attention = next(subset for subset in self._subsets if subset.writes == "heads")
-        ordered_keys = attention.orderable and "key" in grids
-        orders = Orders(
-            {s.key: grids["value" if s.reads == "heads" else s.key].order for s in self._subsets},
-            grids["key"].order if ordered_keys else None,
-        )
+        keys = grids["key"].order if attention.orderable and "key" in grids else None
+        values = grids["value"].order
+        inputs = {s.key: values if s.reads == "heads" else grids[s.key].order for s in self._subsets}
+        orders = Orders(inputs, keys)
         self.moves = plan_moves(self._subsets, self._heads, orders)
         self._hooks += reorder_block(self._block, self.moves) if reorder else gather_norms(self._block, self.moves)
         for subset in self._subsets:
             if grids[subset.key].bits is not None:
-                self._round_input(subset, ClusterQuantizer(grids[subset.key], self._device, reordered=True))
-        for name in ("query", "key", "value"):
+                order = self.moves.columns[subset.linears[0]]
+                self._round_input(subset, ClusterQuantizer(grids[subset.key], self._device, order))
+        queries = None if keys is None else over_query_heads(keys, self._heads)
+        for name, places in (("query", queries), ("key", keys), ("value", values)):
             if name in grids and grids[name].bits is not None:
-                reordered = name == "value" or ordered_keys
-                self._attention[name] = ClusterQuantizer(grids[name], self._device, reordered=reordered)
+                self._attention[name] = ClusterQuantizer(grids[name], self._device, places)
 
     def _round_input(self, subset: Subset, quantizer: ClusterQuantizer) -> None:
         """Round in the norm, behind its gather, or else in front of the Linears."""

@@ -51,9 +51,9 @@ def one_by_one(tokens: Tensor, labels: Tensor, bits: int) -> Tensor:
 def test_reordered_clusters_are_groups_of_channels_without_reordering_to_the_last_bit(tokens, labels, bits):
     grid = ClusterGrid.of(labels, bits, *extremes(tokens), None)
     expected, order = one_by_one(tokens, labels, bits), grid.order
-    in_place = ClusterQuantizer(grid, CPU, reordered=False)(tokens)
+    in_place = ClusterQuantizer(grid, CPU)(tokens)
     assert torch.equal(in_place, expected)
-    assert torch.equal(ClusterQuantizer(grid, CPU, reordered=True)(tokens[..., order]), expected[..., order])
+    assert torch.equal(ClusterQuantizer(grid, CPU, order)(tokens[..., order]), expected[..., order])
     assert (labels[order].diff() >= 0).all()  # each cluster is a run
     assert not torch.equal(expected, tokens)
 
@@ -91,4 +91,4 @@ def test_json_keeps_a_grid(tokens, labels):
 
 def test_without_bits_nothing_can_be_rounded():
     with pytest.raises(ValueError, match="without bits"):
-        ClusterQuantizer(ClusterGrid((0, 0)), CPU, reordered=True)
+        ClusterQuantizer(ClusterGrid((0, 0)), CPU)
