@@ -65,6 +65,19 @@ def whole_model(model, run, count):
     return float(losses.double().mean().exp())
 
 
+@pytest.mark.parametrize("left", [["q_proj", "fc2"], ["self_attn.out_proj", "fc1"]])
+def test_ignored_linears_keep_their_weights_and_the_checkpoint_fits_together(rptq, left):
+    """Those that follow a norm stand in memory in its new order, and are written in the old one; those behind another
+    reordered tensor follow it."""
+    run = rptq(act=16, ignored_layers={"layer_names": left})
+    result = run.compress()
+    model, original = reload(run.save_path / "fake_quant_model"), reload(run.source)
+    assert perplexity(result) == pytest.approx(whole_model(model, run, result.perplexities[0].windows), rel=2e-6)
+    for name, weight in original.state_dict().items():
+        if any(f".{part}.weight" in name for part in left):
+            assert torch.equal(model.state_dict()[name].flatten().sort().values, weight.flatten().sort().values), name
+
+
 class Killed(BaseException):
     """Ends a run as a signal would, behind a block."""
 
