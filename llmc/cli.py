@@ -87,7 +87,7 @@ def _main(given: Any) -> int:
     prepared = prepare(loaded)
     console.warn(prepared.warnings)
     if given.dry_run:
-        console.plan(prepared.layers, prepared.estimate, prepared.exporters)
+        console.plan(prepared.layers, prepared.estimate, prepared.exporters, prepared.recipe.drop_blocks)
         return 0
     with console.progress() as listener:
         result = run(prepared, listener)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from .algorithms import Recipe
+from .algorithms import LayerPattern, Online, Recipe
+from .config.suggest import did_you_mean
 from .errors import ConfigError, ModelError
 from .export import Exporter, Layer
 from .models import Subset, heads_of
@@ -43,14 +44,18 @@ class Estimate:
 
 
 def make_layers(
-    skeleton: Skeleton, entries: Mapping[str, TensorEntry], subsets: tuple[Subset, ...], recipe: Recipe
+    skeleton: Skeleton,
+    entries: Mapping[str, TensorEntry],
+    subsets: tuple[Subset, ...],
+    recipe: Recipe,
+    online: Online | None = None,
 ) -> list[Layer]:
-    """Every Linear of every block with its grid.
+    """Every Linear of every block with its grid, and what rotates its input while the model runs.
 
     Raises:
         ModelError: the adapter names a Linear that a block doesn't have.
-        ConfigError: a group size or a run of ``sparse.weight.pattern`` doesn't divide a layer's input channels, or
-            ``ignored_layers`` matches nothing.
+        ConfigError: a group size or a run of ``sparse.weight.pattern`` doesn't divide a layer's input channels,
+            ``ignored_layers`` or a ``layer_name`` matches nothing, or Linears that share an input round it differently.
     """
     stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
     prefix = next(name for name, module in skeleton.model.named_modules() if module is skeleton.blocks)
@@ -68,11 +73,17 @@ def make_layers(
                 rows, columns = entries[f"{full}.weight"].shape
                 place = (index, name, f"{prefix}.{index}.{name}")
                 touched |= recipe.ignored.covers(*place)
-                spec, sparsity = recipe.spec_of(*place), recipe.sparsity_of(*place)
-                act = None if spec is None else recipe.act or recipe.clustered
-                spec = None if spec is None else recipe.bound_spec(spec, subset, heads)
-                layers.append(Layer(full, rows, columns, spec, tuple(fused), sparsity, act))
-    _check_groups(layers)
+                scheme, sparsity = recipe.scheme_of(*place), recipe.sparsity_of(*place)
+                scheme = recipe.bound_scheme(scheme, subset, heads)
+                rotation = None if online is None else online.of_input(subset)
+                rotated = None if rotation is None else rotation.basis.order
+                biased = f"{full}.bias" in entries
+                layers.append(
+                    Layer(full, rows, columns, scheme.weight, tuple(fused), sparsity, scheme.act, rotated, biased)
+                )
+            _check_shared_input(layers[-len(fused) :])
+    _check_rules(recipe, len(skeleton.blocks), [name for subset in subsets for name in subset.linears])
+    _check_groups(layers, recipe)
     _check_runs(layers)
     if recipe.steps and recipe.ignored.asked and not touched:
         raise ConfigError(
@@ -81,19 +92,54 @@ def make_layers(
     return layers
 
 
-def _check_groups(layers: list[Layer]) -> None:
+def _check_shared_input(layers: list[Layer]) -> None:
+    """Refuse Linears that read the same tensor and want it rounded in different ways: it's rounded once."""
+    rounding = [layer for layer in layers if layer.act is not None]
+    for layer in rounding[1:]:
+        if layer.act != rounding[0].act:
+            one, other = (f"{each.name} ({each.describe()})" for each in (rounding[0], layer))
+            raise ConfigError(
+                f"quant.mix_bits: {one} and {other} read the same input, which can't be rounded in two ways",
+                "give them the same act section, or none to one of them",
+            )
+
+
+def _check_rules(recipe: Recipe, blocks: int, names: list[str]) -> None:
+    """Refuse a ``layer_name`` that no Linear of a block has, or a block that isn't there."""
+    for rule in recipe.rules:
+        for pattern in rule.patterns:
+            where = f"{rule.key}.layer_name: {pattern.text!r}"
+            if not any(pattern.names(name) for name in names):
+                short = [name.rpartition(".")[2] for name in names]
+                raise ConfigError(
+                    f"{where} matches no layer of this model{did_you_mean(pattern.name, [*names, *short])}",
+                    f"the layers of a block: {', '.join(names)}",
+                )
+            _check_blocks(where, pattern, blocks)
+
+
+def _check_blocks(where: str, pattern: LayerPattern, blocks: int) -> None:
+    beyond = sorted(block for block in pattern.blocks or () if block >= blocks)
+    if beyond:
+        raise ConfigError(
+            f"{where}: there is no block {beyond[0]}, the model has blocks 0 to {blocks - 1}", "mend the numbers"
+        )
+
+
+def _check_groups(layers: list[Layer], recipe: Recipe) -> None:
     """Refuse groups of weights or activations that don't divide a layer's input channels."""
+    keys = {recipe.scheme: "quant"} | {rule.scheme: rule.key for rule in recipe.rules}
     quantized = [layer for layer in layers if layer.spec is not None]
     for layer in quantized:
         grids = {"weight": layer.spec, "act": None if layer.act is None else layer.act.grid}
         for section, grid in grids.items():
             if grid is None or not isinstance(grid.granularity, PerGroup) or not layer.columns % grid.granularity.size:
                 continue
+            key = f"{keys[layer.scheme]}.{section}.group_size"
             columns = {other.columns for other in quantized}
             fitting = [size for size in _COMMON_GROUPS if all(count % size == 0 for count in columns)]
             raise ConfigError(
-                f"quant.{section}.group_size: {grid.granularity.size} doesn't divide the {layer.columns} input "
-                f"channels of {layer.name}",
+                f"{key}: {grid.granularity.size} doesn't divide the {layer.columns} input channels of {layer.name}",
                 f"sizes that divide every layer: {', '.join(map(str, fitting)) or 'none of the usual ones'}; or use "
                 f"granularity: {'per_channel' if section == 'weight' else 'per_token'}, or name the layer in "
                 "ignored_layers",
@@ -139,10 +185,13 @@ def make_estimate(
     streams: tuple[int, int],
     on_device: bool,
     changed_at_load: bool = False,
+    surveyed: bool = False,
 ) -> Estimate:
     """Peaks and totals. ``streams`` counts the calibration and evaluation streams.
 
-    A model that is ``changed_at_load`` holds a Linear in float64 twice, and gets a head of its own if that was tied.
+    A model that is ``surveyed`` first is read twice, less its head, with a stream of its own; which blocks will be
+    dropped isn't known yet. A model that is ``changed_at_load`` holds a Linear in float64 twice, and gets a head of its
+    own if that was tied.
     """
     width = skeleton.model.config.get_text_config().hidden_size
     size = skeleton.model.dtype.itemsize
@@ -151,8 +200,8 @@ def make_estimate(
         unit: sum(entries[name].nbytes // entries[name].dtype.itemsize for name in names)
         for unit, names in skeleton.units.items()
     }
-    read = sum(unit_bytes.values())
-    kept = (calib_tokens * streams[0] + eval_tokens * streams[1]) * width * size
+    read = sum(unit_bytes.values()) + (sum(unit_bytes.values()) - unit_bytes[HEAD] if surveyed else 0)
+    kept = max(calib_tokens * streams[0] + eval_tokens * streams[1], calib_tokens * surveyed) * width * size
     widest = max((layer.columns for layer in layers), default=width)
     held = calib_tokens * (3 * width + widest) * size if streams[0] else 0
     block = max(elements[block_unit(index)] for index in range(len(skeleton.blocks))) * size

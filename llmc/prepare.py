@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, set_seed
+from torch import Tensor, nn
+from transformers import AutoTokenizer, set_seed
 
-from .algorithms import Frame, Recipe
+from .algorithms import Frame, Online, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
@@ -27,12 +27,12 @@ from .stream.skeleton import load_config as load_model_config
 from .translate import (
     batched,
     calibration_spec,
+    check_layers,
     evaluation_spec,
     make_compute_dtype,
     make_device,
     make_exporters,
     make_recipe_of,
-    make_spec,
     refuse_unavailable,
 )
 from .translate_kv import make_kv
@@ -114,16 +114,21 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         trust_remote_code=trust,
     )
     heads = heads_of(model_config.get_text_config())
-    recipe = make_recipe_of(config, make_spec(config, stored), make_kv(config, heads))
+    recipe = make_recipe_of(config, stored, make_kv(config, heads))
+    _check_learning(recipe, compute)
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
     if recipe.clusters:
         check_reorderable(subsets)
         _check_clustered(config, recipe, skeleton)
-    frame = _frame(recipe, adapter, model_config.get_text_config())
-    layers = make_layers(skeleton, entries, subsets, recipe)
+    _check_dropping(recipe, len(skeleton.blocks))
+    frame = _frame(recipe, adapter, skeleton)
+    online = recipe.online(frame)
+    check_layers(recipe, [online.cut(subset) for subset in subsets])
+    layers = make_layers(skeleton, entries, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe, stored, compute)
+    exporters = make_exporters(config, recipe, layers, stored, compute)
+    _check_online(online, exporters)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
@@ -141,6 +146,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
+        surveyed=recipe.drop_blocks > 0,
     )
     return Prepared(
         loaded,
@@ -161,7 +167,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     )
 
 
-def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> Frame | None:
+def _frame(recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton) -> Frame | None:
     """What transforms at loading may know of the model; None where there is no such step.
 
     Raises:
@@ -169,9 +175,34 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, config: PretrainedConfig) -> F
     """
     if not recipe.at_load:
         return None
-    return Frame(
-        adapter.subsets(config), heads_of(config), residual_of(adapter, config), config.hidden_size, recipe.seed
-    )
+    config = skeleton.model.config.get_text_config()
+    subsets, declared = adapter.subsets(config), residual_of(adapter, config)
+    names = [name for subset in subsets if subset.reads == "ffn" for name in subset.linears]
+    linears = [block.get_submodule(name) for block in skeleton.blocks for name in names]
+    widths = {linear.in_features for linear in linears if isinstance(linear, nn.Linear)}
+    ffn = widths.pop() if len(widths) == 1 else 0
+    return Frame(subsets, heads_of(config), declared, config.hidden_size, recipe.seed, ffn)
+
+
+def _check_dropping(recipe: Recipe, blocks: int) -> None:
+    """Refuse to leave no block, or to drop one that is to stay as it is."""
+    free = sum(not recipe.ignored.covers_block(index) for index in range(blocks))
+    if recipe.drop_blocks > min(free, blocks - 1):
+        kept = f", {blocks - free} of which ignored_layers keeps" if free < blocks else ""
+        raise ConfigError(
+            f"sparse.weight.n_prune_layers: {recipe.drop_blocks}, but the model has {blocks} blocks{kept}",
+            f"the most is {min(free, blocks - 1)}",
+        )
+
+
+def _check_learning(recipe: Recipe, compute: torch.dtype) -> None:
+    """Refuse gradients in float16, where small ones vanish."""
+    learning = [step.algorithm.name for step in recipe.steps if step.algorithm.learns]
+    if learning and compute == torch.float16:
+        raise ConfigError(
+            f"model.torch_dtype: {learning[0]} learns by gradients, for which float16 is too narrow",
+            "set model.torch_dtype to torch.bfloat16 or torch.float32",
+        )
 
 
 def _check_clustered(config: Config, recipe: Recipe, skeleton: Skeleton) -> None:
@@ -199,14 +230,24 @@ def _check_clustered(config: Config, recipe: Recipe, skeleton: Skeleton) -> None
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
-    spec = recipe.spec
-    scattered = spec is not None and any(step.algorithm.scatters_groups(spec) for step in recipe.steps)
+    scattered = any(step.algorithm.scatters_groups(spec) for step in recipe.steps for spec in recipe.specs)
     unable = [exporter.name for exporter in exporters if not exporter.stores_group_index]
     if scattered and unable:
         raise ExportError(
             f"quant.special: actorder: true with static_groups: false leaves groups that {unable[0]} can't express "
             "(vLLM no longer loads an index of groups)",
             "set static_groups: true, or actorder: group_aware, or write save_fake, which Transformers loads",
+        )
+
+
+def _check_online(online: Online, exporters: Sequence[Exporter]) -> None:
+    unable = [exporter.name for exporter in exporters if not exporter.runs_rotations]
+    if online != Online() and unable:
+        raise ExportError(
+            f"quant.special: online_rotate: True with {unable[0]}: the model must rotate the input of its last "
+            "feed-forward Linear while it runs, which no plain checkpoint makes it do",
+            "set online_rotate: False, and let AWQ even that input out: method [Quarot, Awq, GPTQ], "
+            "special: {Awq: {layers: [down_proj]}}; or write save_vllm; or evaluate only",
         )
 
 

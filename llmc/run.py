@@ -23,20 +23,24 @@ from .algorithms import options_types
 from .config import LoadedConfig, load_config
 from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
-from .export import Exporter, check_shard
+from .export import Exporter, Layer, check_shard, read_config, with_own_head
 from .export.dense import FakeQuant, Transformed
-from .models import find_adapter, heads_of
+from .models import BlockSelection, find_adapter, heads_of
 from .plan import bits_per_weight, free_disk, original_bytes
 from .prepare import Prepared, positions_of, prepare, state_of
+from .quant import Scheme
 from .report.metrics import Measured, make_metrics
 from .stream.activations import ActivationStore
-from .stream.engine import Batches, Engine, EngineOptions, Listener
+from .stream.engine import Engine
 from .stream.headers import headers_digest
 from .stream.journal import Journal
 from .stream.memory import give_back_memory, share_heap
+from .stream.options import Batches, EngineOptions, Listener
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
+from .surveying import host_memory, kept_layers, survey
+from .translate import mixed_schemes
 from .workspace import Workspace, tokens_digest
 
 _TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward")  # of base: no influence on the result
@@ -100,7 +104,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
     save_path = prepared.config.save.save_path
     with ExitStack() as stack:
         # Without a folder to resume from, a run's state is worth nothing after it.
-        kept = save_path is not None and bool(prepared.recipe.steps)
+        kept = save_path is not None and prepared.recipe.changes
         root = (
             Path(save_path).expanduser()
             if kept and save_path
@@ -114,20 +118,23 @@ def run(prepared: Prepared, listener: Listener) -> Result:
                 "free some, name another save.save_path, or save fewer formats",
             )
         journal = workspace.open()
-        sinks, transformed = _sinks(prepared, workspace, keep_records=kept)
         source = BlockSource(
             {unit: [prepared.entries[n] for n in names] for unit, names in prepared.skeleton.units.items()}
         )
         stack.callback(source.close)
-        budget = prepared.config.base.host_memory_gb
-        store = ActivationStore(workspace.state, None if budget is None else int(budget * 2**30))
-        outcome = _engine(prepared, source, sinks, transformed, store, journal, listener).run()
+        surveyed = survey(prepared, source, workspace, journal, listener)
+        selection = surveyed.selection
+        sinks, transformed = _sinks(prepared, workspace, selection, keep_records=kept)
+        store = ActivationStore(workspace.state, host_memory(prepared))
+        outcome = _engine(prepared, source, sinks, transformed, store, journal, listener, selection.dropped).run()
+        layers = kept_layers(prepared.layers, selection)
         perplexities = _perplexities(prepared, "ppl", outcome.losses)
         perplexities += _perplexities(prepared, "decode_ppl", outcome.decoded)
-        outputs = _finish_outputs(prepared, workspace, [*sinks, *([transformed] if transformed else [])], journal)
+        written = [*sinks, *([transformed] if transformed else [])]
+        outputs = _finish_outputs(prepared, workspace, written, journal, layers, selection)
         measured = Measured(
             seconds=time.perf_counter() - started,
-            by_kind=outcome.seconds,
+            by_kind=surveyed.seconds | outcome.seconds,
             bytes_read=outcome.bytes_read,
             peak_host=peak_host_memory(),
             peak_device=torch.cuda.max_memory_allocated(prepared.device) if prepared.device.type == "cuda" else 0,
@@ -147,8 +154,10 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
             sparsity=None if prepared.recipe.sparsity is None else asdict(prepared.recipe.sparsity),
             activations=None if act is None else act.to_dict(),
+            mixed=_mixed(prepared),
             kv_scheme=_kv_scheme(prepared),
-            bits=bits_per_weight(prepared.layers),
+            bits=bits_per_weight(layers),
+            influence=surveyed.to_dict(),
             perplexities=perplexities,
             outputs=outputs,
             rows=journal.rows,
@@ -186,31 +195,32 @@ def versions() -> dict[str, str]:
     return {"llmc": __version__, **{name: version(name) for name in packages}}
 
 
-def _sinks(prepared: Prepared, workspace: Workspace, *, keep_records: bool) -> tuple[list[Sink], Sink | None]:
+def _sinks(
+    prepared: Prepared, workspace: Workspace, selection: BlockSelection, *, keep_records: bool
+) -> tuple[list[Sink], Sink | None]:
     """Folders for the compressed model, and the one for the transformed model if somebody needs it.
 
     A resumed run reads the blocks that it has written. If no compressed model is to be saved, it's kept in the state.
     """
-    units = [EMBED, *(block_unit(index) for index in range(len(prepared.skeleton.blocks))), HEAD]
+    units = [EMBED, *(block_unit(index) for index in selection.kept), HEAD]
 
     def sink(exporter: Exporter, folder: Path) -> Sink:
         folder.mkdir(parents=True, exist_ok=True)
-        return Sink(folder, exporter, units, partial(_verify, exporter))
+        return Sink(folder, exporter, units, partial(_verify, exporter, selection), selection)
 
     sinks = [sink(e, workspace.path / e.folder) for e in prepared.exporters if not e.transformed_only]
     transformed = [sink(e, workspace.path / e.folder) for e in prepared.exporters if e.transformed_only]
-    compute = prepared.skeleton.model.dtype
+    compute, recipe = prepared.skeleton.model.dtype, prepared.recipe
     if keep_records and not sinks:
-        sinks = [sink(FakeQuant(prepared.recipe.spec, prepared.stored, compute), workspace.state / "compressed")]
+        kept = FakeQuant(recipe.spec, prepared.stored, compute, schemes=mixed_schemes(recipe, prepared.layers))
+        sinks = [sink(kept, workspace.state / "compressed")]
     if keep_records and not transformed and "transformed" in positions_of(prepared.evaluations, prepared.recipe.kv):
-        transformed = [
-            sink(Transformed(prepared.recipe.spec, prepared.stored, compute), workspace.state / "transformed")
-        ]
+        transformed = [sink(Transformed(recipe.spec, prepared.stored, compute), workspace.state / "transformed")]
     return sinks, transformed[0] if transformed else None
 
 
-def _verify(exporter: Exporter, path: Path, record: Any) -> None:
-    check_shard(path, exporter, record)
+def _verify(exporter: Exporter, selection: BlockSelection, path: Path, record: Any) -> None:
+    check_shard(path, exporter, record, selection.original)
 
 
 def _engine(
@@ -221,6 +231,7 @@ def _engine(
     store: ActivationStore,
     journal: Journal,
     listener: Listener,
+    dropped: frozenset[int],
 ) -> Engine:
     config = prepared.skeleton.model.config.get_text_config()
     adapter = find_adapter("auto", prepared.skeleton.model.config.model_type)
@@ -241,6 +252,7 @@ def _engine(
         options=EngineOptions(forward=_forward(prepared), checkpoint_every=prepared.config.base.checkpoint_every),
         listener=listener,
         frame=prepared.frame,
+        dropped=dropped,
     )
 
 
@@ -256,6 +268,14 @@ def _kv_scheme(prepared: Prepared) -> dict[str, Any] | None:
         return None
     heads = heads_of(prepared.skeleton.model.config.get_text_config())
     return kv.to_dict() | {"bits_per_element": kv.bits_an_element(heads.kv, heads.dim)}
+
+
+def _mixed(prepared: Prepared) -> list[dict[str, Any]]:
+    """The schemes of ``quant.mix_bits`` with the Linears that they were used for."""
+    by_scheme: dict[Scheme, list[str]] = {}
+    for name, scheme in mixed_schemes(prepared.recipe, prepared.layers).items():
+        by_scheme.setdefault(scheme, []).append(name)
+    return [{**scheme.to_dict(), "layers": names} for scheme, names in by_scheme.items()]
 
 
 def _forward(prepared: Prepared) -> Any:
@@ -286,17 +306,23 @@ def _perplexities(prepared: Prepared, kind: str, losses: Mapping[str, list[Tenso
 
 
 def _finish_outputs(
-    prepared: Prepared, workspace: Workspace, sinks: list[Sink], journal: Journal
+    prepared: Prepared,
+    workspace: Workspace,
+    sinks: list[Sink],
+    journal: Journal,
+    layers: list[Layer],
+    selection: BlockSelection,
 ) -> dict[str, dict[str, Any]]:
     outputs = {}
+    original = read_config(prepared.folder)
+    original = with_own_head(original) if prepared.frame is not None else original
+    original = selection.config(original, prepared.skeleton.model.config.get_text_config())
     rows = [row for row in journal.rows if row["kind"] == "unit"]
     by_name = {exporter.name: exporter for exporter in prepared.exporters}
     for sink in sinks:
         exporter = by_name.get(sink.format.name)
         if exporter is not None:
-            outputs[exporter.name] = workspace.finish_output(
-                exporter, sink, prepared.folder, prepared.layers, rows, untied=prepared.frame is not None
-            )
+            outputs[exporter.name] = workspace.finish_output(exporter, sink, prepared.folder, original, layers, rows)
     return outputs
 
 

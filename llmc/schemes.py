@@ -1,10 +1,13 @@
-"""From the sections ``quant.weight`` and ``quant.act`` to the grids of weights and activations."""
+"""From the sections ``quant.weight``, ``quant.act`` and ``quant.mix_bits`` to the grids of weights and activations."""
 
 from __future__ import annotations
 
 import torch
 
-from .config.schema import ActConfig, QuantConfig, TensorConfig, WeightConfig
+from .algorithms import LayerPattern, Rule
+from .config.places import layer_place
+from .config.schema import QuantConfig
+from .config.tensors import ActConfig, MixSetting, TensorConfig, WeightConfig
 from .quant import (
     ActSpec,
     Granularity,
@@ -21,6 +24,7 @@ from .quant import (
     PerTensor,
     PerToken,
     QuantSpec,
+    Scheme,
     StaticMinMax,
 )
 
@@ -86,19 +90,39 @@ def _observer(act: ActConfig) -> Observer:
     return MovingMinMax() if act.calib_algo == "static_moving_minmax" else StaticMinMax()
 
 
+def make_rules(quant: QuantConfig, stored: torch.dtype) -> tuple[Rule, ...]:
+    """The settings of ``quant.mix_bits`` in their order."""
+    return tuple(_rule(f"quant.mix_bits.{name}", setting, stored) for name, setting in quant.mix_bits.items())
+
+
+def _rule(key: str, setting: MixSetting, stored: torch.dtype) -> Rule:
+    places = {text: layer_place(text) for text in setting.layer_name}
+    patterns = tuple(LayerPattern(text, place.name, place.blocks) for text, place in places.items())
+    if not setting.do_quant or setting.weight is None:
+        return Rule(key, patterns, Scheme())
+    act = None if setting.act is None else act_spec(setting.act)
+    return Rule(key, patterns, Scheme(weight_spec(setting.weight, setting.act, stored), act))
+
+
 def unavailable(quant: QuantConfig) -> list[str]:
-    """Keys of weight and activations that the schema knows and this version doesn't do."""
-    weight, act, missing = quant.weight, quant.act, []
+    """Keys of weights and activations that the schema knows and this version doesn't do."""
+    sections = {"quant": (quant.weight, quant.act)}
+    sections |= {f"quant.mix_bits.{name}": (one.weight, one.act) for name, one in quant.mix_bits.items()}
+    learned = "OmniQuant" in quant.method
+    return [key for section, pair in sections.items() for key in _unavailable_pair(section, *pair, learned=learned)]
+
+
+def _unavailable_pair(section: str, weight: WeightConfig | None, act: ActConfig | None, *, learned: bool) -> list[str]:
+    missing = []
     if weight is not None:
-        missing += _unavailable(
-            "quant.weight", weight, ("per_tensor", "per_channel", "per_group", "per_block", "per_cluster")
-        )
-        if weight.calib_algo not in ("minmax", "mse"):
-            missing.append(f"quant.weight.calib_algo: {weight.calib_algo}")
+        granularities = ("per_tensor", "per_channel", "per_group", "per_block", "per_cluster")
+        missing += _unavailable(f"{section}.weight", weight, granularities)
+        if weight.calib_algo not in ("minmax", "mse") and not (learned and weight.calib_algo == "learnable"):
+            missing.append(f"{section}.weight.calib_algo: {weight.calib_algo}")
     if act is not None:
-        missing += _unavailable("quant.act", act, ("per_tensor", "per_token", "per_group", "per_cluster"))
+        missing += _unavailable(f"{section}.act", act, ("per_tensor", "per_token", "per_group", "per_cluster"))
         further = {"quant_attn": act.quant_attn, "quant_softmax": act.quant_softmax, "quant_act_fn": act.quant_act_fn}
-        missing += [f"quant.act.{key}" for key, asked in further.items() if asked]
+        missing += [f"{section}.act.{key}" for key, asked in further.items() if asked]
     return missing
 
 

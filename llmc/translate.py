@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .algorithms import ALGORITHMS, Ignored, Recipe, make_recipe
+from .algorithms import ALGORITHMS, SHORTGPT, Algorithm, Ignored, Recipe, is_named, make_recipe
 from .config import Config
 from .config.schema import EvalConfig
+from .config.suggest import did_you_mean
 from .data import CalibrationSpec, EvaluationSpec
-from .errors import ConfigError
-from .export import EXPORTERS, Exporter
-from .quant import KvSpec, QuantSpec, Sparsity
-from .schemes import SCALE_DTYPES, act_spec, unavailable, weight_spec
+from .errors import ConfigError, ExportError
+from .export import EXPORTERS, Exporter, Layer
+from .models import Subset
+from .quant import KvSpec, QuantSpec, Scheme, Sparsity
+from .schemes import SCALE_DTYPES, act_spec, make_rules, unavailable, weight_spec
 from .translate_kv import unavailable_cache
 
-_KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS}
+_KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS} | {SHORTGPT: "pruner"}
+_AMOUNTS = {SHORTGPT: "n_prune_layers: 4"}
 
 
 def refuse_unavailable(config: Config) -> None:
@@ -29,7 +33,6 @@ def refuse_unavailable(config: Config) -> None:
     quant, missing = config.quant, []
     if quant is not None:
         missing += unavailable_cache(quant.kvcache)
-        missing += ["quant.mix_bits"] if quant.mix_bits else []
         missing += ["quant.token_reduction"] if quant.token_reduction else []
         missing += unavailable(quant)
     if config.sparse is not None:
@@ -77,7 +80,7 @@ def make_spec(config: Config, stored: torch.dtype) -> QuantSpec | None:
     return weight_spec(config.quant.weight, config.quant.act, stored)
 
 
-def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) -> Recipe:
+def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Recipe:
     """The steps of the run; none for a mere evaluation."""
     quant, sparse = config.quant, config.sparse
     if quant is None and sparse is None:
@@ -88,26 +91,74 @@ def make_recipe_of(config: Config, spec: QuantSpec | None, kv: KvSpec | None) ->
         full_names=frozenset(config.ignored_layers.special_names),
     )
     act = None if quant is None or quant.act is None else act_spec(quant.act)
-    recipe = make_recipe(
-        _methods(config),
-        {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
-        spec,
-        ignored,
-        quant_out=quant.quant_out if quant else None,
-        seed=config.base.seed,
-        sparsity=make_sparsity(config),
-        sparsity_out=sparse.sparsity_out if sparse else None,
-        act=act,
-        kv=kv,
-    )
+    recipe = Recipe((), None, ignored, config.base.seed)
+    if methods := _methods(config):
+        recipe = make_recipe(
+            methods,
+            {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
+            make_spec(config, stored),
+            ignored,
+            quant_out=quant.quant_out if quant else None,
+            seed=config.base.seed,
+            sparsity=make_sparsity(config),
+            sparsity_out=sparse.sparsity_out if sparse else None,
+            act=act,
+            kv=kv,
+            rules=make_rules(quant, stored) if quant else (),
+        )
+    if sparse is not None and sparse.method == SHORTGPT:
+        recipe = replace(recipe, drop_blocks=sparse.weight.n_prune_layers or 0)
     if recipe.needs_data and config.calib is None:
-        asking = [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
-        asking += [f"quant.act ({act.describe()})"] if act is not None and act.observer is not None else []
+        asking = [SHORTGPT] * (recipe.drop_blocks > 0)
+        asking += [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
+        static = [one for one in recipe.acts if one.observer is not None]
+        asking += [f"{'quant.act' if one == act else 'quant.mix_bits'} ({one.describe()})" for one in static]
         raise ConfigError(
             f"{asking[0]} needs calibration text, but there is no section 'calib'",
             "add calib with name, n_samples, seq_len and preproc",
         )
     return recipe
+
+
+def check_layers(recipe: Recipe, subsets: Sequence[Subset]) -> None:
+    """Whether every transform that is limited to some Linears can do with those of a block.
+
+    Raises:
+        ConfigError: a name means none of them, only some of those that read one input, or one that the method can't
+            change.
+    """
+    for step in recipe.steps:
+        for name in step.algorithm.layers or ():
+            _check_layer(step.algorithm, name, subsets)
+
+
+def _check_layer(algorithm: Algorithm, name: str, subsets: Sequence[Subset]) -> None:
+    key, named = f"quant.special: layers of {algorithm.name}", algorithm.layers or ()
+    linears = [linear for subset in subsets for linear in subset.linears]
+    meant = [subset for subset in subsets if any(is_named(linear, name) for linear in subset.linears)]
+    if not meant:
+        short = [linear.rpartition(".")[2] for linear in linears]
+        raise ConfigError(
+            f"{key}: a block has no Linear {name!r}{did_you_mean(name, [*short, *linears])}",
+            f"its Linears are {', '.join(linears)}",
+        )
+    for subset in meant:
+        without = [linear for linear in subset.linears if not any(is_named(linear, other) for other in named)]
+        if without:
+            raise ConfigError(
+                f"{key}: {name} is named without {', '.join(without)}: they read one input, which a scale changes for "
+                "all of them",
+                "name all of them, or none",
+            )
+        if not algorithm.covers(subset):
+            raise ConfigError(
+                f"{key}: no norm feeds {name}, and {algorithm.name} changes only what one feeds",
+                "leave it out; Awq changes other Linears too",
+            )
+        if algorithm.folds and subset.prev is None:
+            raise ConfigError(
+                f"{key}: nothing in front of {name} can absorb a scale of its input", f"leave {name} out of them"
+            )
 
 
 def _methods(config: Config) -> list[str]:
@@ -116,11 +167,11 @@ def _methods(config: Config) -> list[str]:
     if misplaced := [name for name in methods if _KINDS[name] == "pruner"]:
         raise ConfigError(
             f"quant.method: {misplaced[0]} prunes, which isn't for the section quant",
-            f"write sparse: {{method: {misplaced[0]}, weight: {{sparsity: 0.5}}}} and "
+            f"write sparse: {{method: {misplaced[0]}, weight: {{{_AMOUNTS.get(misplaced[0], 'sparsity: 0.5')}}}}} and "
             f"quant.method: {[name for name in methods if _KINDS[name] != 'pruner'] or ['RTN']}, "
             "or no section quant if nothing is to be quantized",
         )
-    if config.sparse is not None:
+    if config.sparse is not None and config.sparse.method != SHORTGPT:  # which isn't a step within a block
         place = len(methods) - (bool(methods) and _KINDS[methods[-1]] == "quantizer")
         methods.insert(place, config.sparse.method)
     return methods
@@ -137,19 +188,39 @@ def make_sparsity(config: Config) -> Sparsity | None:
     return Sparsity(zeros / of, (zeros, of))
 
 
-def make_exporters(config: Config, recipe: Recipe, stored: torch.dtype, compute: torch.dtype) -> list[Exporter]:
-    """The formats that the file asks for."""
+def make_exporters(
+    config: Config, recipe: Recipe, layers: Sequence[Layer], stored: torch.dtype, compute: torch.dtype
+) -> list[Exporter]:
+    """The formats that the file asks for.
+
+    Raises:
+        ConfigError: there is nothing to save.
+        ExportError: a format has one scheme for all Linears, and ``quant.mix_bits`` asks for several.
+    """
     asked = {name for name, value in config.save if value is True}
     if asked and config.quant is None and config.sparse is None:
         raise ConfigError(
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    return [
-        kind(recipe.spec, stored, compute, recipe.act or recipe.clustered, recipe.kv)
-        for kind in EXPORTERS
-        if kind.name in asked
-    ]
+    exporters = [kind for kind in EXPORTERS if kind.name in asked]
+    mixed = mixed_schemes(recipe, layers)
+    uniform = [kind.name for kind in exporters if mixed and not kind.mixes_schemes]
+    if uniform:
+        able = ", ".join(kind.name for kind in EXPORTERS if kind.mixes_schemes)
+        raise ExportError(
+            f"quant.mix_bits: {uniform[0]} stores one scheme for all layers", f"write {able}, or remove mix_bits"
+        )
+    act = recipe.act or recipe.clustered
+    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed) for kind in exporters]
+
+
+def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:
+    """Schemes of the quantized Linears that a rule gives another one than most have, by the checkpoint's names."""
+    if not recipe.rules:
+        return {}
+    found = {layer.name: layer.scheme for layer in layers if layer.spec is not None}
+    return {name: scheme for name, scheme in found.items() if scheme != recipe.scheme}
 
 
 def calibration_spec(config: Config) -> CalibrationSpec | None:

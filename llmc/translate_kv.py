@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .config import Config
-from .config.schema import KvCacheConfig
+from .config.tensors import KvCacheConfig
 from .errors import ConfigError
 from .models import Heads
 from .quant import Fp8Grid, IntGrid, KvSpec, PerGroup, PerTensor, PerToken

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import ExportError, RunError
-from .export import EXPORTERS, Exporter, Layer, copy_side_files, read_config, with_own_head
+from .export import EXPORTERS, Exporter, Layer, copy_side_files
 from .stream.files import sync_folder, write_json
 from .stream.journal import Journal
 from .stream.sink import Sink
@@ -145,14 +145,13 @@ class Workspace:
         exporter: Exporter,
         sink: Sink,
         source: Path,
+        original: dict[str, Any],
         layers: list[Layer],
         rows: list[dict[str, Any]],
-        *,
-        untied: bool = False,
     ) -> dict[str, Any]:
         """Make a folder of shards loadable: side files, index and, last of all, ``config.json``. Then look at it.
 
-        ``untied``: the head has weights of its own, whatever the original's configuration says.
+        ``original`` is the configuration of the model that was stored, before its exporter has its say.
 
         Returns:
             Its folder, size and number of tensors.
@@ -174,8 +173,7 @@ class Workspace:
             raise ExportError(
                 f"{sink.folder / gone[0]} was written and is gone", "start over with --set save.on_existing=overwrite"
             )
-        original = read_config(source)
-        write_json(sink.folder / CONFIG, exporter.config(with_own_head(original) if untied else original, layers))
+        write_json(sink.folder / CONFIG, exporter.config(original, layers))
         sync_folder(sink.folder)
         size = sum(entry.stat().st_size for entry in sink.folder.iterdir())
         return {"folder": str(sink.folder), "bytes": size, "tensors": len(names), "serve": exporter.serve(sink.folder)}

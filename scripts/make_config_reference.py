@@ -23,7 +23,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-<!-- Written by scripts/make_config_reference.py: edit the descriptions in llmc/config/schema.py, then run it. -->
+<!-- Written by scripts/make_config_reference.py: edit the descriptions in llmc/config/, then run it. -->
 
 A run is one YAML file; its sections, keys and method names are those of LLMC. Every file under `configs/` is complete.
 
@@ -32,7 +32,7 @@ A run is one YAML file; its sections, keys and method names are those of LLMC. E
 - **Overrides**: `--set quant.weight.bit=3`, as often as you like; the value is YAML. `eval.0.seq_len=512` reaches into
   a list.
 - **Known is not the same as available**: the schema knows keys of LLMC that this version can't carry out
-  (mixed bits, other exports). Using one is an error that names it; see the README's table.
+  (such as other exports). Using one is an error that names it; see the README's table.
 - `eval` may be one section or a list of them. `path: text.txt#0:0.5` takes a part of a file.
 - The keys of `quant.special` depend on the method; with several methods `special` is keyed by method. A pruner's are
   those of `sparse.special`.

@@ -67,9 +67,12 @@ def test_a_config_parses_without_a_warning_and_its_dry_run_works(file, model, te
     for section in ["calib"] * ("calib" in sections) + evals:
         overrides += small(section, text)
     overrides += [f"{section}.num_eval_tokens=16" for section in evals if listed]
+    shorter = sections.get("sparse", {}).get("method") == "ShortGPT"
+    overrides += ["sparse.weight.n_prune_layers=1"] * shorter
     prepared = prepare(load_config(file, overrides, options_types()))
     assert {layer.spec is not None for layer in prepared.layers} == {"weight" in sections.get("quant", {})}
-    assert {layer.sparsity is not None for layer in prepared.layers} == {"sparse" in sections}
+    assert {layer.sparsity is not None for layer in prepared.layers} == {"sparse" in sections and not shorter}
+    assert prepared.recipe.drop_blocks == shorter
     assert (prepared.recipe.kv is not None) == ("kvcache" in sections.get("quant", {}))
     assert len(prepared.layers) == 2 * 7
     assert {exporter.name for exporter in prepared.exporters} == {

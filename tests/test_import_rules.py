@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"quant", "linalg"},
     "algorithms": {"models", "quant", "linalg"},
     "export": {"quant"},
-    "stream": {"models", "algorithms", "quant"},
+    "stream": {"models", "algorithms", "quant", "linalg"},
 }
 NO_TRANSFORMERS = {"quant", "linalg", "algorithms", "export", "config"}
 CONVERSION = {"transformers.core_model_loading", "transformers.conversion_mapping"}

@@ -3,34 +3,52 @@
 from .base import (
     Algorithm,
     AttentionRanges,
+    BlockCalls,
+    BlockView,
     ClipRatios,
     Frame,
     InspectCalls,
     LayerNote,
     Needs,
+    Online,
     Options,
     Statistics,
     SubsetView,
+    TuneNote,
+    is_named,
     new_statistics,
 )
-from .recipe import Ignored, Recipe, Step, make_recipe
+from .layers import Ignored, LayerPattern, Rule
+from .recipe import Recipe, Step, make_recipe
 from .registry import ALGORITHMS, options_types
+from .shortgpt import NAME as SHORTGPT
+from .shortgpt import BlockInfluence, least_influential
 
 __all__ = [
     "ALGORITHMS",
+    "SHORTGPT",
     "Algorithm",
     "AttentionRanges",
+    "BlockCalls",
+    "BlockInfluence",
+    "BlockView",
     "ClipRatios",
     "Frame",
     "Ignored",
     "InspectCalls",
     "LayerNote",
+    "LayerPattern",
     "Needs",
+    "Online",
     "Options",
     "Recipe",
+    "Rule",
     "Statistics",
     "Step",
     "SubsetView",
+    "TuneNote",
+    "is_named",
+    "least_influential",
     "make_recipe",
     "new_statistics",
     "options_types",

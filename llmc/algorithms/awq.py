@@ -24,7 +24,7 @@ from ..quant import (
     to_groups,
 )
 from ..quant.affine import fake_quantize, find_ranges, qparams
-from .base import Algorithm, ClipRatios, Needs, Options, SubsetView
+from .base import Algorithm, ClipRatios, Layers, Needs, Options, SubsetView
 from .search import best_scale
 
 _RATIOS = 20  # alpha = 0, 1/20, ... 19/20
@@ -35,6 +35,7 @@ _UNCLIPPED = ("q_proj", "k_proj", "query", "key", "Wqkv", "qkv")  # queries and 
 class AwqOptions(Options):
     """Options of AWQ, by LLMC's names."""
 
+    layers: Layers = None
     trans: bool = Field(default=True, description="Search and fold the channel scales.")
     trans_version: Literal["v1", "v2"] = Field(
         default="v2", description="v2: scales from activations alone; v1: divided by the weights' own relative size."
@@ -66,6 +67,8 @@ class Awq(Algorithm):
 
     def __init__(self, options: AwqOptions) -> None:
         self.options = options
+        self.layers = options.layers
+        self.folds = options.trans
 
     def needs(self, *, quant_out: bool | None) -> Needs:
         """The original model's activations calibrate it, unless ``quant_out`` asks otherwise."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
-from ..models import Heads, Residual, ScaleRule, Subset, scale_rule
+from ..linalg import OnlineRotation
+from ..models import Heads, Residual, ScaleRule, Space, Subset, scale_rule
 from ..quant import Accumulator, ActSpec, ClusterGrid, QuantSpec, QWeight, Sparsity
 from .stats import AbsMax, AbsMean, ChannelRange, Gram, SequenceRange, SumSquares
 
@@ -20,6 +21,28 @@ class Options(BaseModel):
     """Base of the options of a method: the keys of ``quant.special`` in a YAML file. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _names(value: object) -> object:
+    """A YAML list, or a name alone, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Layers = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_names),
+    Field(
+        min_length=1,
+        description="The Linears that it changes, such as [down_proj]; those that read one input (q, k, v; gate, up) "
+        "belong together. By default all.",
+    ),
+]
+"""An option of transforms: the Linears they are limited to, by their names in a block or the last part of these."""
+
+
+def is_named(linear: str, name: str) -> bool:
+    """Whether ``name``, such as ``down_proj`` or ``mlp.down_proj``, means the Linear with this name in its block."""
+    return linear == name or linear.endswith(f".{name}")
 
 
 @dataclass(frozen=True)
@@ -31,11 +54,13 @@ class Needs:
         sequential: a subset's statistics must come from inputs that the already compressed subsets produced.
         compressed_stream: calibrate on the compressed model's activations (``quant_out``, ``sparsity_out``) rather than
             the original's.
+        targets: the original block's outputs on the original's inputs, to learn them.
     """
 
     data: bool
     sequential: bool = False
     compressed_stream: bool = False
+    targets: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +166,7 @@ class SubsetView:
         quantized: results of a quantizer, by Linear.
         notes: what the report says, by Linear.
         act: how the shared input is quantized, or None.
+        unrounded: quantized Linears that read it as it comes, though others don't.
         clustered: how tensors inside the block are quantized by clusters of channels, or None.
         attention: ranges in the block's attention, where tensors inside it are quantized by clusters.
         clusters: results of a method that clusters channels: ``input``, and of attention ``query``, ``key``, ``value``.
@@ -162,6 +188,7 @@ class SubsetView:
     quantized: dict[str, QWeight] = field(default_factory=dict)
     notes: dict[str, LayerNote] = field(default_factory=dict)
     act: ActSpec | None = None
+    unrounded: frozenset[str] = frozenset()
     clustered: ActSpec | None = None
     attention: AttentionRanges | None = None
     clusters: dict[str, ClusterGrid] = field(default_factory=dict)
@@ -224,6 +251,62 @@ class SubsetView:
                 parameter.data = data
 
 
+class BlockCalls(Protocol):
+    """A block's calls on the calibration batches, for a method that learns.
+
+    Whoever wants gradients asks for them (``torch.enable_grad``); the engine computes without.
+    """
+
+    def __len__(self) -> int: ...
+
+    def output(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Output of batch ``batch`` with these weights in place of the block's own, by name, and with inputs rounded as
+        the compressed block will round them. Gradients reach the weights, straight through the rounding."""
+        ...
+
+    def plain(self, batch: int) -> Tensor:
+        """Output of the block as it is, on the same inputs, not rounded."""
+        ...
+
+    def target(self, batch: int) -> Tensor:
+        """Output of the original model's block on the original model's inputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A whole block, for a method that learns scales and clips. It leaves them in the views of the subsets.
+
+    Attributes:
+        subsets: views of all subsets, in execution order, with statistics of the inputs that the calls have.
+        weights: the block's parameters by name, as they are.
+        calls: the block's calls.
+        transformed: whether a step before has chosen scales from data: there is nothing to guess.
+    """
+
+    subsets: Sequence[SubsetView]
+    weights: Mapping[str, Tensor]
+    calls: BlockCalls
+    transformed: bool
+
+
+@dataclass(frozen=True)
+class TuneNote:
+    """What the report says of a block that was learned.
+
+    Attributes:
+        start: loss over all batches before the first step.
+        end: the same with what was kept.
+        epoch: the epoch that was kept; 0: nothing was better than the start.
+        stopped: why learning ended early.
+    """
+
+    start: float
+    end: float
+    epoch: int
+    stopped: str | None = None
+
+
 @dataclass(frozen=True)
 class Frame:
     """What a transform that needs no data may know of the whole model.
@@ -234,6 +317,7 @@ class Frame:
         residual: who writes and reads the residual outside of the blocks.
         width: channels of the residual.
         seed: ``base.seed``, of every random choice.
+        ffn: channels between the feed-forward's Linears; 0 where blocks differ.
     """
 
     subsets: tuple[Subset, ...]
@@ -241,6 +325,28 @@ class Frame:
     residual: Residual
     width: int
     seed: int
+    ffn: int = 0
+
+
+@dataclass(frozen=True)
+class Online:
+    """Rotations that run with a changed model.
+
+    Attributes:
+        ffn: of what the Linears read that read the space ``ffn``; these hold its inverse (R4).
+        keys: of each head of queries and keys, behind the rotary embedding; their products stay what they are (R3).
+    """
+
+    ffn: OnlineRotation | None = None
+    keys: OnlineRotation | None = None
+
+    def of_input(self, subset: Subset) -> OnlineRotation | None:
+        """How a subset's shared input is rotated before it's read."""
+        return self.ffn if subset.reads == "ffn" else None
+
+    def cut(self, subset: Subset) -> Subset:
+        """The subset as later steps see it: through a rotation no operation in front absorbs a scale."""
+        return subset if self.of_input(subset) is None else replace(subset, prev=None)
 
 
 class Algorithm:
@@ -263,6 +369,18 @@ class Algorithm:
     works_without_grid: ClassVar[bool] = False
     """Whether it may be named in a run that leaves the weights as they are."""
 
+    works_on: ClassVar[frozenset[Space]] = frozenset({"residual", "heads", "ffn"})
+    """The spaces whose readers it changes."""
+
+    layers: tuple[str, ...] | None = None
+    """The Linears that it's limited to; None: all."""
+
+    folds: bool = True
+    """Of a transform with data: whether it moves a scale into what is in front of a subset."""
+
+    learns: ClassVar[bool] = False
+    """Whether ``tune`` is to be called for each block before ``subset``. Only quantizers may."""
+
     clusters: ClassVar[bool] = False
     """Whether it makes clusters of channels, which reorder the block: all ``view.clusters`` of every subset."""
 
@@ -274,12 +392,28 @@ class Algorithm:
         """What to ask of the engine, given ``quant_out`` (of a pruner: ``sparsity_out``); None: its own habit."""
         raise NotImplementedError
 
+    def covers(self, subset: Subset) -> bool:
+        """Whether it is given a subset: one that it works on and, if it's limited to some Linears, with one of them."""
+        named = self.layers is None or any(is_named(linear, name) for name in self.layers for linear in subset.linears)
+        return named and subset.reads in self.works_on
+
     def scatters_groups(self, spec: QuantSpec) -> bool:
         """Whether its groups aren't runs of consecutive columns, so that a checkpoint would need an index of them."""
         return False
 
+    def check(self, spec: QuantSpec | None, act: ActSpec | None) -> None:
+        """Refuse a scheme that it can't do, before a weight is read.
+
+        Raises:
+            ConfigError: names the key.
+        """
+
     def subset(self, view: SubsetView) -> None:
-        """Called once for each subset of each block, with its statistics ready."""
+        """Called once for each subset of each block, with its statistics ready. Behind ``tune`` there are none."""
+        raise NotImplementedError
+
+    def tune(self, view: BlockView) -> TuneNote:
+        """Learn clips, scales and shifts of a whole block; they are folded before ``subset`` is called."""
         raise NotImplementedError
 
     def embedding(self, weights: Mapping[str, Tensor], frame: Frame) -> dict[str, Tensor]:
@@ -297,6 +431,10 @@ class Algorithm:
     def hidden(self, hidden: Tensor, frame: Frame) -> Tensor:
         """The hidden state ``[..., width]`` between two blocks of the changed model, given the original's."""
         raise NotImplementedError
+
+    def online(self, frame: Frame) -> Online:
+        """What must run with the changed model."""
+        return Online()
 
     def warnings(self, frame: Frame) -> list[str]:
         """What the user should know before a weight is read."""

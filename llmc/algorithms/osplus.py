@@ -2,20 +2,21 @@
 
 The shift is ``z = (max x + min x) / 2`` (equation 2), absorbed by the norm's bias and the Linears' biases, where there
 are any. The scale follows from one threshold ``t``: a channel whose extremes exceed it is shrunk to it (equation 7);
-``t`` is searched by the error of the module that sees the effect, over all calibration tokens.
+``t`` is searched by the error of the module that sees the effect, over all calibration tokens: first every tenth of the
+authors' hundred, then those around the best.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Algorithm, Needs, Options, SubsetView
-from .search import best_scale
+from .base import Algorithm, Layers, Needs, Options, SubsetView
+from .search import best_in_order, best_scale
 
 _THRESHOLDS = 100
 _STEP = 0.5  # largest distance between two of them, where they are evenly spaced
@@ -25,10 +26,15 @@ _LOWEST = 1.0
 class OsPlusOptions(Options):
     """Options of Outlier Suppression+."""
 
+    layers: Layers = None
     shift: bool | None = Field(
         default=None,
         description="Shift channels to the middle of their range; by default where the norm and the Linears have "
         "biases that can absorb it.",
+    )
+    search: Literal["coarse", "full"] = Field(
+        default="coarse",
+        description="coarse: every tenth threshold, then those around the best; full: every one on every token.",
     )
 
 
@@ -39,9 +45,11 @@ class OsPlus(Algorithm):
     kind = "transform"
     options_type: ClassVar[type[Options]] = OsPlusOptions
     statistics = frozenset({"channel_range"})
+    works_on = frozenset({"residual"})
 
     def __init__(self, options: OsPlusOptions) -> None:
         self.options = options
+        self.layers = options.layers
 
     def needs(self, *, quant_out: bool | None) -> Needs:
         """The original model's activations calibrate it, unless ``quant_out`` asks otherwise."""
@@ -58,7 +66,9 @@ class OsPlus(Algorithm):
         shift = (found.hi + found.lo) / 2 if self.options.shift is not False and view.can_shift else None
         lo, hi = (found.lo, found.hi) if shift is None else (found.lo - shift, found.hi - shift)
         scales = candidates(lo, hi)
-        scale = scales[best_scale(view, scales, full=False, shift=shift)]
+        full = self.options.search == "full"
+        best = best_scale(view, scales, full=True, shift=shift) if full else best_in_order(view, scales, shift=shift)
+        scale = scales[best]
         if shift is not None:
             view.fold_shift(shift)
         if shift is not None or not torch.equal(scale, torch.ones_like(scale)):

@@ -9,34 +9,12 @@ from pydantic import BaseModel
 
 from ..errors import ConfigError
 from ..models import Heads, Subset
-from ..quant import ActSpec, KvSpec, PerCluster, QuantSpec, Sparsity
-from .base import Algorithm, Needs
+from ..quant import ActSpec, KvSpec, PerCluster, QuantSpec, Scheme, Sparsity
+from .base import Algorithm, Frame, Needs, Online
 from .clustering import check_clusters
+from .layers import Ignored, Rule, first_scheme
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
-
-
-@dataclass(frozen=True)
-class Ignored:
-    """Linears left in full precision: by name inside the block, in all blocks or in some, or by full name."""
-
-    layers: frozenset[str] = frozenset()
-    blocks: frozenset[int] | None = None
-    full_names: frozenset[str] = frozenset()
-
-    @property
-    def asked(self) -> bool:
-        """Whether anything is to be ignored."""
-        return bool(self.layers or self.blocks or self.full_names)
-
-    def covers(self, block: int, name: str, full_name: str) -> bool:
-        """Whether the Linear ``name`` of block ``block`` is left alone."""
-        if full_name in self.full_names:
-            return True
-        if not self.layers:
-            return self.blocks is not None and block in self.blocks
-        in_blocks = self.blocks is None or block in self.blocks
-        return in_blocks and any(name == layer or name.endswith(f".{layer}") for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -58,12 +36,14 @@ class Recipe:
 
     Attributes:
         steps: in order.
-        spec: the grid of every quantized Linear; None when nothing is quantized.
+        spec: the grid of every quantized Linear that no rule is about; None: such Linears aren't quantized.
         ignored: Linears that are neither pruned nor quantized, nor are their inputs.
         seed: of every random choice.
         sparsity: how much of every Linear is pruned; None when nothing is.
-        act: how the inputs of quantized Linears are quantized; None: they aren't.
+        act: how the inputs of those Linears are quantized; None: they aren't.
         kv: how the KV cache of the compressed model is quantized; None if it isn't.
+        rules: other schemes for some Linears; the first that means a Linear counts.
+        drop_blocks: how many blocks of the least influence are left out.
         clustered: how tensors inside the blocks are quantized by a method that clusters channels; None: they aren't.
     """
 
@@ -74,11 +54,51 @@ class Recipe:
     sparsity: Sparsity | None = None
     act: ActSpec | None = None
     kv: KvSpec | None = None
+    rules: tuple[Rule, ...] = ()
+    drop_blocks: int = 0
     clustered: ActSpec | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether another model comes out than goes in."""
+        return bool(self.steps) or self.drop_blocks > 0
+
+    def scheme_of(self, block: int, name: str, full_name: str) -> Scheme:
+        """The grids of a Linear and of its input."""
+        if self.ignored.covers(block, name, full_name):
+            return Scheme()
+        return first_scheme(self.rules, block, name) or self.scheme
+
+    def bound_scheme(self, scheme: Scheme, subset: Subset, heads: Heads) -> Scheme:
+        """A Linear's scheme with what a method of clusters gives it: their number in its subset's input, and the grid
+        of tensors inside the block. Others' schemes stay as they are."""
+        if scheme.weight is None or not self.clusters:
+            return scheme
+        count = self.steps[-1].algorithm.cluster_count(subset, heads)
+        return Scheme(replace(scheme.weight, granularity=PerCluster(count)), self.clustered)
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
-        return None if self.ignored.covers(block, name, full_name) else self.spec
+        return self.scheme_of(block, name, full_name).weight
+
+    @property
+    def scheme(self) -> Scheme:
+        """That of every Linear that no rule is about."""
+        return Scheme() if self.spec is None else Scheme(self.spec, self.act)
+
+    @property
+    def specs(self) -> tuple[QuantSpec, ...]:
+        """All grids of weights, whether or not a Linear has them."""
+        return tuple(scheme.weight for scheme in self._schemes if scheme.weight is not None)
+
+    @property
+    def acts(self) -> tuple[ActSpec, ...]:
+        """All grids of inputs, whether or not a Linear has them."""
+        return tuple(scheme.act for scheme in self._schemes if scheme.act is not None)
+
+    @property
+    def _schemes(self) -> tuple[Scheme, ...]:
+        return (self.scheme, *(rule.scheme for rule in self.rules))
 
     def sparsity_of(self, block: int, name: str, full_name: str) -> Sparsity | None:
         """How much of a Linear is pruned, or None."""
@@ -88,6 +108,11 @@ class Recipe:
     def at_load(self) -> tuple[Algorithm, ...]:
         """The transforms that change weights as they're loaded."""
         return tuple(step.algorithm for step in self.steps if step.at_load)
+
+    def online(self, frame: Frame | None) -> Online:
+        """What must run with the model that those made; there is a frame where there are any."""
+        found = () if frame is None else (algorithm.online(frame) for algorithm in self.at_load)
+        return next((one for one in found if one != Online()), Online())
 
     @property
     def in_block(self) -> tuple[Step, ...]:
@@ -99,16 +124,10 @@ class Recipe:
         """Whether the quantizer makes clusters of channels, which reorder blocks."""
         return bool(self.steps) and self.steps[-1].algorithm.clusters
 
-    def bound_spec(self, spec: QuantSpec, subset: Subset, heads: Heads) -> QuantSpec:
-        """A grid of the weights with what it takes from the subset: the number of its input's clusters."""
-        if not self.clusters:
-            return spec
-        return replace(spec, granularity=PerCluster(self.steps[-1].algorithm.cluster_count(subset, heads)))
-
     @property
     def needs_data(self) -> bool:
-        """Whether any step, or a static KV cache, wants calibration tokens."""
-        return self.calibrates_cache or any(step.needs.data for step in self.steps)
+        """Whether any step, a static KV cache or the survey of all blocks wants calibration tokens."""
+        return self.calibrates_cache or self.drop_blocks > 0 or any(step.needs.data for step in self.steps)
 
     @property
     def calibrates_cache(self) -> bool:
@@ -122,8 +141,9 @@ class Recipe:
 
     @property
     def original_stream(self) -> bool:
-        """Whether any step is calibrated on the original model's activations."""
-        return any(step.needs.data and not step.needs.compressed_stream for step in self.steps)
+        """Whether any step is calibrated on the original model's activations, or learns what it does with them."""
+        reading = (step.needs for step in self.steps if step.needs.data)
+        return any(needs.targets or not needs.compressed_stream for needs in reading)
 
 
 _ORDER = ("transform", "pruner", "quantizer")
@@ -142,6 +162,7 @@ def make_recipe(
     sparsity_out: bool | None = None,
     act: ActSpec | None = None,
     kv: KvSpec | None = None,
+    rules: Sequence[Rule] = (),
 ) -> Recipe:
     """Order the methods, add RTN where a grid is given and no quantizer named, and check that the order makes sense.
 
@@ -153,11 +174,14 @@ def make_recipe(
         quant_out: ``quant.quant_out``.
         sparsity: how much a pruner prunes.
         sparsity_out: ``sparse.sparsity_out``, a pruner's ``quant_out``.
+        act: the grid of inputs.
+        kv: how the KV cache is quantized.
+        rules: other schemes for some Linears.
 
     Raises:
         ConfigError: two pruners or weight quantizers, a method behind one that must come later, a method named twice, a
-            pruner without a sparsity, clusters that something doesn't go with, or no grid for the weights, unless there
-            is one for the KV cache and no method minds.
+            pruner without a sparsity, clusters that something doesn't go with, a scheme that a method can't do, or no
+            grid for the weights, unless there is one for the KV cache and no method minds.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -167,26 +191,31 @@ def make_recipe(
         kind = known[name]
         chosen.append(kind(options.get(name) or kind.options_type()))  # type: ignore[call-arg]
     _check_order(chosen)
-    check_clusters(chosen, spec, act, kv)
+    check_clusters(chosen, spec, act, kv, rules)
     kinds = [algorithm.kind for algorithm in chosen]
-    if "quantizer" not in kinds and (spec is not None or kinds != ["pruner"]):
+    schemes = [Scheme(spec, act if spec else None), *(rule.scheme for rule in rules)]
+    rounding = any(scheme.weight is not None for scheme in schemes)
+    if "quantizer" not in kinds and (rounding or kinds != ["pruner"]):
         chosen.append(RTN(RTNOptions()))
     needing = [a.name for a in chosen if not a.works_without_grid]
-    if spec is None and chosen[-1].kind == "quantizer" and (kv is None or needing):
+    if not rounding and chosen[-1].kind == "quantizer" and (kv is None or needing):
         raise ConfigError(
             "quant.weight is missing: no grid for the weights",
             f"add quant.weight.bit and its granularity{_or_rtn(needing) if kv is not None else ''}",
         )
+    for algorithm in chosen:
+        algorithm.check(spec, act)
     if sparsity is None and "pruner" in kinds:
         pruner = chosen[kinds.index("pruner")].name
         raise ConfigError(f"{pruner} prunes, but nothing says how much", "add sparse.weight.sparsity")
     outs = {"transform": quant_out, "pruner": sparsity_out, "quantizer": quant_out}
     needs = [a.needs(quant_out=outs[a.kind]) for a in chosen]
-    if act is not None and act.observer is not None and not needs[-1].data:
+    ranged = any(scheme.act is not None and scheme.act.observer is not None for scheme in schemes)
+    if ranged and not needs[-1].data:
         needs[-1] = range_needs(quant_out)
     steps = tuple(map(Step, chosen, needs))
     _check_loading(steps)
-    recipe = Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv)
+    recipe = Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv, tuple(rules))
     return replace(recipe, act=None, clustered=act) if recipe.clusters else recipe
 
 

@@ -33,10 +33,15 @@ class RTN(Algorithm):
 
     def subset(self, view: SubsetView) -> None:
         """Round every Linear that has a grid."""
-        for name, spec in view.specs.items():
-            weight = view.linears[name].weight.detach()
-            quantized = quantize_weight(weight, spec, clipped_qparams(weight, spec, view.clips.get(name)))
-            view.put(name, quantized, LayerNote(relative_error(weight, quantized.dequantize(), None)))
+        round_subset(view)
+
+
+def round_subset(view: SubsetView) -> None:
+    """Round every Linear that has a grid to nearest, within the clip that was handed over, if any."""
+    for name, spec in view.specs.items():
+        weight = view.linears[name].weight.detach()
+        quantized = quantize_weight(weight, spec, clipped_qparams(weight, spec, view.clips.get(name)))
+        view.put(name, quantized, LayerNote(relative_error(weight, quantized.dequantize(), None)))
 
 
 def clipped_qparams(weight: Tensor, spec: QuantSpec, clip: ClipRatios | None) -> tuple[Tensor, Tensor]:

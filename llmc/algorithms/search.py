@@ -17,6 +17,7 @@ from ..quant import ActSpec, InputRange, QuantSpec, bind_global_scale, fake_quan
 from .base import SubsetView
 
 _ENOUGH = 512  # tokens that tell which candidates are hopeless
+_STRIDE = 10  # between two candidates of a coarse search
 
 
 def best_scale(view: SubsetView, scales: Sequence[Tensor], *, full: bool, shift: Tensor | None = None) -> int:
@@ -34,6 +35,20 @@ def best_scale(view: SubsetView, scales: Sequence[Tensor], *, full: bool, shift:
         losses = [_linear_loss(view, scale, gram.matrix) for scale in scales]
         return losses.index(min(losses))
     return _race(view, scales, shift, full=full)
+
+
+def best_in_order(view: SubsetView, scales: Sequence[Tensor], *, shift: Tensor | None = None) -> int:
+    """The same where neighbours are alike: of every tenth candidate the best, then of all up to the next ones.
+
+    Args:
+        view: as above.
+        scales: ``[in]`` each; the first is the identity, which stays a candidate to the end.
+        shift: as above.
+    """
+    coarse: list[int] = sorted({0, *range(_STRIDE, len(scales), _STRIDE), len(scales) - 1})
+    at = coarse[best_scale(view, [scales[index] for index in coarse], full=False, shift=shift)]
+    near: list[int] = sorted({0, *range(max(at - _STRIDE, 0) + 1, min(at + _STRIDE, len(scales)))})
+    return near[best_scale(view, [scales[index] for index in near], full=False, shift=shift)]
 
 
 def _linear_loss(view: SubsetView, scale: Tensor, gram: Tensor) -> float:
@@ -103,9 +118,10 @@ def _trial(view: SubsetView, scale: Tensor, shift: Tensor | None) -> Iterator[No
         with view.trial(weights):
             yield
         return
-    hook = _Input(view.act, scale, shift)
+    rounding, plain_input = _Input(view.act, scale, shift), _Input(None, scale, shift)
+    hooks = {name: plain_input if name in view.unrounded else rounding for name in weights}
     with view.trial(weights, biases):
-        handles = [view.linears[name].register_forward_pre_hook(hook) for name in weights]
+        handles = [view.linears[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
         try:
             yield
         finally:

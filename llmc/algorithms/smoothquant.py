@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Algorithm, Needs, Options, SubsetView
+from .base import Algorithm, Layers, Needs, Options, SubsetView, is_named
 from .search import best_scale
 
 _ALPHAS = tuple(step / 20 for step in range(2, 20))  # 0.1, 0.15, ... 0.95
@@ -25,6 +25,7 @@ Alpha = float | Literal["auto"]
 class SmoothQuantOptions(Options):
     """Options of SmoothQuant, by LLMC's names."""
 
+    layers: Layers = None
     alpha: Alpha | dict[str, Alpha] = Field(
         default=0.5,
         description="How much of the outliers goes into the weights, from 0 to 1; auto: the value with the least error "
@@ -40,9 +41,11 @@ class SmoothQuant(Algorithm):
     kind = "transform"
     options_type: ClassVar[type[Options]] = SmoothQuantOptions
     statistics = frozenset({"abs_max"})
+    works_on = frozenset({"residual"})
 
     def __init__(self, options: SmoothQuantOptions) -> None:
         self.options = options
+        self.layers = options.layers
 
     def needs(self, *, quant_out: bool | None) -> Needs:
         """The original model's activations calibrate it, unless ``quant_out`` asks otherwise."""
@@ -71,7 +74,7 @@ def alpha_of(alpha: Alpha | Mapping[str, Alpha], linear: str) -> Alpha:
     """The alpha of the subset whose first Linear is ``linear``."""
     if not isinstance(alpha, Mapping):
         return alpha
-    return next((value for name, value in alpha.items() if linear == name or linear.endswith(f".{name}")), 0.5)
+    return next((value for name, value in alpha.items() if is_named(linear, name)), 0.5)
 
 
 def smoothing(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:

@@ -8,7 +8,8 @@ from llmc.config import legacy
 from llmc.config.suggest import did_you_mean, refuse_if
 
 if TYPE_CHECKING:
-    from llmc.config.schema import EvalConfig, KvCacheConfig
+    from llmc.config.schema import EvalConfig
+    from llmc.config.tensors import KvCacheConfig
 
 _FLOATS = ("e4m3", "e5m2")
 

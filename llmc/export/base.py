@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..quant import ActSpec, KvSpec, QuantSpec, Sparsity, UnitRecord
+from ..quant import ActSpec, KvSpec, QuantSpec, Scheme, Sparsity, UnitRecord
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".tmp"}
 _OURS = {"config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
@@ -31,6 +31,8 @@ class Layer:
         fused: the checkpoint names of all Linears that a backend fuses with it (q, k, v; gate, up).
         sparsity: how much of it is pruned; None if nothing is.
         act: the grid of its inputs; None if they stay as they are.
+        rotated: order of the Hadamard matrix by which runs of its input are multiplied while the model runs; or None.
+        biased: whether it has a bias.
     """
 
     name: str
@@ -40,6 +42,13 @@ class Layer:
     fused: tuple[str, ...]
     sparsity: Sparsity | None = None
     act: ActSpec | None = None
+    rotated: int | None = None
+    biased: bool = False
+
+    @property
+    def scheme(self) -> Scheme:
+        """Both grids."""
+        return Scheme(self.spec, self.act)
 
     def describe(self) -> str:
         """What happens to it, such as ``W8 channel sym, A8 token sym``; empty if nothing does."""
@@ -55,6 +64,7 @@ class Exporter:
         compute: the dtype in which the model was evaluated.
         act: the grid of the quantized Linears' inputs, or None.
         kv: how the KV cache was quantized in the evaluation, or None.
+        schemes: those of Linears that have others than ``spec`` and ``act``, by the checkpoint's names.
     """
 
     name: ClassVar[str]
@@ -62,8 +72,14 @@ class Exporter:
     transformed_only: ClassVar[bool] = False
     """Whether it stores the transformed model without quantization."""
 
+    mixes_schemes: ClassVar[bool] = False
+    """Whether Linears may have schemes of their own."""
+
     stores_group_index: ClassVar[bool] = True
     """Whether it can express groups that aren't runs of consecutive columns."""
+
+    runs_rotations: ClassVar[bool] = False
+    """Whether its backend can rotate the input of a Linear while it runs; ``check`` says which."""
 
     def __init__(
         self,
@@ -72,8 +88,20 @@ class Exporter:
         compute: torch.dtype,
         act: ActSpec | None = None,
         kv: KvSpec | None = None,
+        schemes: Mapping[str, Scheme] | None = None,
     ) -> None:
         self.spec, self.stored, self.compute, self.act, self.kv = spec, stored, compute, act, kv
+        self._schemes = dict(schemes or {})
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The grids of a Linear that isn't ignored, by the checkpoint's name."""
+        return self._schemes.get(name) or Scheme(self.spec, None if self.spec is None else self.act)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """All that Linears may have, each once."""
+        own = Scheme(self.spec, None if self.spec is None else self.act)
+        return tuple(scheme for scheme in dict.fromkeys((own, *self._schemes.values())) if scheme.weight is not None)
 
     def check(self, layers: list[Layer]) -> list[str]:
         """Refuse what the backend can't load, before any weight is read.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,13 +14,15 @@ from ..quant import UnitRecord
 from .base import Exporter
 
 
-def check_shard(path: Path, exporter: Exporter, record: UnitRecord) -> None:
+def check_shard(path: Path, exporter: Exporter, record: UnitRecord, original_name: Callable[[str], str] = str) -> None:
     """Names, shapes, dtypes and values of a shard, through our reader and, where there is one, an independent one.
+
+    ``original_name`` gives the record's name of a stored tensor, where blocks are numbered anew.
 
     Raises:
         ExportError: names the file and the tensor.
     """
-    stored = load_file(path)
+    stored = {original_name(name): tensor for name, tensor in load_file(path).items()}
     expected = exporter.tensors(record)
     _same(path, expected, stored)
     del expected

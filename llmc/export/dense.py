@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,24 @@ class FakeQuant(Exporter):
 
     name = "save_fake"
     folder = "fake_quant_model"
+    mixes_schemes = True
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the scales; with float32 scales, the computing dtype; the original's if nothing is quantized."""
-        if self.spec is None:
+        """That of the scales, the widest of them; with float32 scales, the computing dtype; the original's if nothing
+        is quantized."""
+        scales = [scheme.weight.product_dtype for scheme in self.schemes if scheme.weight is not None]
+        if not scales:
             return self.stored
-        scales = self.spec.product_dtype
-        return self.compute if scales == torch.float32 else scales
+        widest = reduce(torch.promote_types, scales)
+        return self.compute if torch.float32 in scales else widest
 
     def check(self, layers: list[Layer]) -> list[str]:
         """Any loader will do, but it rounds neither activations nor the KV cache."""
         if self.transformed_only:
             return []
-        loose = [f"activations to {self.act.describe()}"] if self.act is not None else []
+        acts = dict.fromkeys(scheme.act.describe() for scheme in self.schemes if scheme.act is not None)
+        loose = [f"activations to {' and '.join(acts)}"] if acts else []
         loose += [f"the KV cache to {self.kv.describe()}"] if self.kv is not None else []
         if not loose:
             return []

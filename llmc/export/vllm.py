@@ -15,12 +15,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import Fp8Grid, KvSpec, PerBlock, QuantSpec, UnitRecord
+from ..quant import Fp8Grid, KvSpec, PerBlock, QuantSpec, Scheme, UnitRecord
 from .base import Exporter, Layer
 from .ct_layouts import Codes, Layout, Packed, input_nbytes, input_tensors
-from .vllm_schemes import PACKED, format_of, scheme_of
+from .vllm_rotations import check_rotations, transforms
+from .vllm_schemes import PACKED, config_groups, format_of, scheme_of
 
-_DENSE = "dense"
+_DENSE, _SEVERAL = "dense", "mixed-precision"
 _INPUTS = ("input_scale", "input_zero_point")
 _CACHE_PARTS = ("k_scale", "v_scale")
 _CACHE_SCHEME = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
@@ -33,46 +34,44 @@ class VLLM(Exporter):
 
     name = "save_vllm"
     folder = "vllm_quant_model"
+    mixes_schemes = True
     stores_group_index = False
+    runs_rotations = True
 
     def check(self, layers: list[Layer]) -> list[str]:
         """vLLM has kernels for few schemes, and runs Linears that it fuses with one."""
+        turned = check_rotations(layers, self.kv)
         if self.kv is not None:
             _check_cache(self.kv)
-            if self.spec is None:
-                return []
-        packed = format_of(self._need_spec(), self.act) == PACKED
+        if not self.schemes:
+            return self._of_cache_alone()
+        for scheme in dict.fromkeys(layer.scheme for layer in layers if layer.spec) or self.schemes:
+            format_of(_need_weight(scheme), scheme.act)
         by_name = {layer.name: layer for layer in layers}
         for layer in layers:
-            differing = [name for name in layer.fused if by_name[name].spec != layer.spec]
+            differing = [name for name in layer.fused if by_name[name].scheme != layer.scheme]
             if differing:
                 raise ExportError(
                     f"vLLM fuses {', '.join(layer.fused)}, but {layer.name} and {differing[0]} have different schemes",
-                    "quantize or ignore them together (ignored_layers)",
+                    "quantize them alike, or ignore them together (quant.mix_bits, ignored_layers)",
                 )
-            if layer.spec is not None and not layer.spec.symmetric and layer.rows % 8:
-                raise ExportError(
-                    f"{layer.name}: {layer.rows} rows of zero points can't be packed by 8 (save_vllm)",
-                    "use symmetric: true, or write save_fake, which Transformers loads",
-                )
-            if layer.spec is not None and len(layer.fused) > 1 and _splits_blocks(layer.rows, layer.spec):
-                raise ExportError(
-                    f"{layer.name}: blocks don't divide its {layer.rows} rows, and vLLM fuses it (save_vllm)",
-                    "use granularity: per_channel, or write save_fake, which Transformers loads",
-                )
-        return _slower(layers) if packed else []
+            _check_layer(layer)
+        packed = [layer for layer in layers if layer.spec and format_of(layer.spec, layer.act) == PACKED]
+        return turned + _slower(packed)
 
     def nbytes(self, layer: Layer) -> int:
         """Codes, scales and what else the format stores."""
         if layer.spec is None:
             return layer.rows * layer.columns * self.stored.itemsize
-        return self._layout().nbytes(layer.rows, layer.columns, layer.spec) + input_nbytes(self.act)
+        codes = _layout(layer.scheme).nbytes(layer.rows, layer.columns, layer.spec)
+        return codes + input_nbytes(layer.act)
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
         """The parts of each weight, the scale of its inputs where that is static, and those of a static KV cache."""
         stored = unit.plain | unit.cache
         for name, weight in unit.quantized.items():
-            parts = self._layout().tensors(weight) | input_tensors(self.act, unit.inputs.get(name))
+            scheme = self.scheme_of(name)
+            parts = _layout(scheme).tensors(weight) | input_tensors(scheme.act, unit.inputs.get(name))
             stored |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         return stored
 
@@ -83,8 +82,9 @@ class VLLM(Exporter):
         cache = {name: tensor for name, tensor in tensors.items() if name.endswith(_CACHE_PARTS)}
         quantized, taken = {}, set(cache)
         for name in names:
-            own = self._own(tensors, name)
-            quantized[name] = self._layout().read(own, self._need_spec())
+            scheme = self.scheme_of(name)
+            own = _own(tensors, name, _layout(scheme))
+            quantized[name] = _layout(scheme).read(own, _need_weight(scheme))
             taken |= {f"{name}.{part}" for part in (*own, *_INPUTS)}
         plain = {name: tensor for name, tensor in tensors.items() if name not in taken}
         return UnitRecord(plain=plain, quantized=quantized, cache=cache)
@@ -93,42 +93,70 @@ class VLLM(Exporter):
         """compressed-tensors' own decompression."""
         if f"{name}.weight_scale" not in tensors:
             return None
-        scheme = scheme_of(self._need_spec(), self.act)
+        ours = self.scheme_of(name)
+        scheme = scheme_of(_need_weight(ours), ours.act)
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        dense: Tensor = compressor.decompress(self._own(tensors, name), scheme)["weight"]
+        dense: Tensor = compressor.decompress(_own(tensors, name, _layout(ours)), scheme)["weight"]
         return dense
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's with a ``quantization_config``; ignored Linears by their exact names."""
         ignored = [layer.name for layer in layers if layer.spec is None]
-        scheme = None if self.spec is None and self.kv is not None else scheme_of(self._need_spec(), self.act)
+        quantized = {layer.name: layer.scheme for layer in layers if layer.spec is not None}
+        groups = config_groups(quantized or dict(zip(("Linear",), self.schemes, strict=False)))
+        formats = dict.fromkeys(group.format for group in groups) or {_DENSE: None}
         quantization = QuantizationConfig(
-            config_groups={} if scheme is None else {"group_0": scheme},
-            format=_DENSE if scheme is None else scheme.format,
+            config_groups={f"group_{index}": group for index, group in enumerate(groups)},
+            format=next(iter(formats)) if len(formats) == 1 else _SEVERAL,
             quantization_status="compressed",
-            ignore=[] if self.spec is None else ["lm_head", *ignored, *_ROUTERS],
+            ignore=["lm_head", *ignored, *_ROUTERS] if groups else [],
             kv_cache_scheme=None if self.kv is None else _CACHE_SCHEME,
         ).model_dump(mode="json")
-        return {**original, "quantization_config": {**quantization, "quant_method": "compressed-tensors"}}
+        quantization |= {"quant_method": "compressed-tensors"} | transforms(layers)
+        return {**original, "quantization_config": quantization}
 
     def serve(self, folder: Path) -> str:
         """vLLM's own server."""
         return f"vllm serve {folder}"
 
-    def _own(self, tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-        """The parts of one weight."""
-        return {part: tensors[f"{name}.{part}"] for part in self._layout().parts if f"{name}.{part}" in tensors}
-
-    def _layout(self) -> Layout:
-        return Packed() if format_of(self._need_spec(), self.act) == PACKED else Codes()
-
-    def _need_spec(self) -> QuantSpec:
-        if self.spec is None:
+    def _of_cache_alone(self) -> list[str]:
+        if self.kv is None:
             raise ExportError(
                 "save_vllm writes quantized weights, and this run quantizes none",
                 "write save_fake: vLLM loads that folder as it is, zeros included; or add quant.weight",
             )
-        return self.spec
+        return []
+
+
+def _layout(scheme: Scheme) -> Layout:
+    return Packed() if format_of(_need_weight(scheme), scheme.act) == PACKED else Codes()
+
+
+def _own(tensors: Mapping[str, Tensor], name: str, layout: Layout) -> dict[str, Tensor]:
+    """The parts of one weight."""
+    return {part: tensors[f"{name}.{part}"] for part in layout.parts if f"{name}.{part}" in tensors}
+
+
+def _need_weight(scheme: Scheme) -> QuantSpec:
+    if scheme.weight is None:
+        raise ValueError("a Linear that isn't quantized has no codes")
+    return scheme.weight
+
+
+def _check_layer(layer: Layer) -> None:
+    """Refuse what vLLM can't load of one Linear."""
+    if layer.spec is None:
+        return
+    if not layer.spec.symmetric and layer.rows % 8:
+        raise ExportError(
+            f"{layer.name}: {layer.rows} rows of zero points can't be packed by 8 (save_vllm)",
+            "use symmetric: true, or write save_fake, which Transformers loads",
+        )
+    if len(layer.fused) > 1 and _splits_blocks(layer.rows, layer.spec):
+        raise ExportError(
+            f"{layer.name}: blocks don't divide its {layer.rows} rows, and vLLM fuses it (save_vllm)",
+            "use granularity: per_channel, or write save_fake, which Transformers loads",
+        )
 
 
 def _check_cache(kv: KvSpec) -> None:
@@ -147,13 +175,9 @@ def _splits_blocks(rows: int, spec: QuantSpec) -> bool:
 
 
 def _slower(layers: list[Layer]) -> list[str]:
-    """A warning of shapes that the fastest kernel doesn't take."""
+    """A warning of packed Linears whose shape the fastest kernel doesn't take."""
     odd = sorted(
-        {
-            f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}"
-            for x in layers
-            if x.spec and (x.columns % 128 or x.rows % 64)
-        }
+        {f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}" for x in layers if x.columns % 128 or x.rows % 64}
     )
     if not odd:
         return []

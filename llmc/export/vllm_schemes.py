@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from ..errors import ExportError
-from ..quant import ActSpec, PerBlock, PerChannel, PerCluster, PerGroup, PerTensor, PerToken, QuantSpec
+from ..quant import ActSpec, PerBlock, PerChannel, PerCluster, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 
@@ -126,10 +128,23 @@ def _check_packed(spec: QuantSpec) -> None:
         )
 
 
-def scheme_of(spec: QuantSpec, act: ActSpec | None) -> QuantizationScheme:
-    """The scheme as compressed-tensors describes it."""
+def config_groups(schemes: Mapping[str, Scheme]) -> list[QuantizationScheme]:
+    """One group for each scheme of the named, quantized Linears.
+
+    Where there are several, each names its Linears exactly, so that no group overlaps another: readers differ in which
+    of two matching groups they take.
+    """
+    found = list(dict.fromkeys(schemes.values()))
+    if len(found) == 1:
+        return [scheme_of(scheme.weight, scheme.act) for scheme in found if scheme.weight is not None]
+    names = {scheme: [name for name, own in schemes.items() if own == scheme] for scheme in found}
+    return [scheme_of(s.weight, s.act, targets) for s, targets in names.items() if s.weight is not None]
+
+
+def scheme_of(spec: QuantSpec, act: ActSpec | None, targets: Sequence[str] = ("Linear",)) -> QuantizationScheme:
+    """The scheme of some modules, or of a class of them, as compressed-tensors describes it."""
     return QuantizationScheme(
-        targets=["Linear"],
+        targets=list(targets),
         weights=_arguments(spec, dynamic=False),
         input_activations=None if act is None else _arguments(act.grid, dynamic=act.observer is None),
         format=format_of(spec, act),

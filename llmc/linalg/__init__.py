@@ -3,13 +3,14 @@
 from .columns import ColumnRule, replace_columns
 from .hadamard import Hadamard, hadamard
 from .kmeans import kmeans
-from .rotation import Rotation, make_rotation
+from .rotation import OnlineRotation, Rotation, make_rotation
 from .solve import InverseFactor, input_factor, inverse_cholesky
 
 __all__ = [
     "ColumnRule",
     "Hadamard",
     "InverseFactor",
+    "OnlineRotation",
     "Rotation",
     "hadamard",
     "input_factor",

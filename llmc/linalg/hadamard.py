@@ -15,6 +15,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+_WIDEST = 128  # rows of a dense factor of Sylvester's matrix
+
 
 @dataclass(frozen=True)
 class Hadamard:
@@ -22,7 +24,7 @@ class Hadamard:
 
     Attributes:
         dense: orders of the dense factors.
-        power: order of the factor that is multiplied by butterflies.
+        power: order of Sylvester's factor.
     """
 
     dense: tuple[int, ...]
@@ -36,31 +38,41 @@ class Hadamard:
     def multiply(self, rows: Tensor) -> Tensor:
         """``rows @ H`` for ``rows`` ``[..., order]`` of any float dtype, which the result has.
 
-        It takes ``sum(dense) + 2 log2(power)`` operations an element; ``H`` is never formed.
+        It is one product for each Paley factor and for each of those of order ``_WIDEST`` or less that Sylvester's is
+        split into; ``H`` is never formed. Butterflies would take fewer operations, but each a pass over the memory.
         """
-        shape = rows.shape
         right = self.order
         result = rows.reshape(-1, self.order)
-        for order in self.dense:
+        for factor in (*map(paley, self.dense), *map(sylvester, _split(self.power))):
+            order, matrix = len(factor), factor.to(rows.device, rows.dtype)
             right //= order
-            factor = paley(order).to(rows.device, rows.dtype)
-            result = factor.T @ result.reshape(-1, order, right)
-        result = result.reshape(-1, self.power)
-        half = 1
-        while half < self.power:
-            upper, lower = result.reshape(-1, self.power // (2 * half), 2, half).unbind(2)
-            result = torch.stack((upper + lower, upper - lower), dim=2).reshape(-1, self.power)
-            half *= 2
-        return result.reshape(shape)
+            result = matrix.T @ result.reshape(-1, order, right) if right > 1 else result.reshape(-1, order) @ matrix
+        return result.reshape(rows.shape)
 
     def matrix(self) -> Tensor:
         """``H`` itself, ``[order, order]`` int64."""
         result = torch.ones(1, 1, dtype=torch.int64)
         for order in self.dense:
             result = torch.kron(result, paley(order))
-        for _ in range(self.power.bit_length() - 1):
-            result = torch.kron(result, torch.tensor([[1, 1], [1, -1]]))
-        return result
+        return torch.kron(result, sylvester(self.power))
+
+
+def _split(power: int) -> list[int]:
+    """Orders of the factors of Sylvester's matrix, the largest last, where it is a plain matrix product."""
+    found: list[int] = []
+    while power > 1:
+        found.insert(0, min(power, _WIDEST))
+        power //= found[0]
+    return found
+
+
+@cache
+def sylvester(order: int) -> Tensor:
+    """Sylvester's matrix ``[order, order]`` int64, of a power of two."""
+    result = torch.ones(1, 1, dtype=torch.int64)
+    while len(result) < order:
+        result = torch.kron(result, torch.tensor([[1, 1], [1, -1]]))
+    return result
 
 
 @cache

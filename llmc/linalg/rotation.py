@@ -39,6 +39,28 @@ class Rotation:
         return result
 
 
+@dataclass(frozen=True)
+class OnlineRotation:
+    """``H / √n``, orthogonal, as a running model multiplies each run of ``n`` channels by it.
+
+    Attributes:
+        basis: the Hadamard matrix ``H``, of order ``n``.
+        single: multiply 16-bit activations in float32.
+    """
+
+    basis: Hadamard
+    single: bool = True
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``rows @ H / √n`` for ``rows`` ``[..., m n]``, each of the ``m`` runs by itself, in their dtype.
+
+        Weights are given in float64.
+        """
+        dtype = torch.promote_types(rows.dtype, torch.float32) if self.single else rows.dtype
+        runs = rows.to(dtype).reshape(-1, self.basis.order)
+        return self.basis.multiply(runs).div_(math.sqrt(self.basis.order)).reshape(rows.shape).to(rows.dtype)
+
+
 @lru_cache(maxsize=4)
 def make_rotation(size: int, seed: int, *, random: bool = False, keeps_mean: bool = False) -> Rotation:
     """A rotation that depends on nothing but its arguments.

@@ -1,13 +1,15 @@
 """Architectures as data, and the function-preserving changes that they allow."""
 
 from .adapter import Heads, ModelAdapter, Residual, Space, Subset, heads_of
-from .fold import ScaleRule, fold_scale, fold_shift, scale_rule
+from .fold import ScaleRule, fold_scale, fold_shift, scale_rule, smoothed
 from .registry import ADAPTERS, find_adapter
 from .reorder import Moves, Orders, check_reorderable, gather_norms, over_query_heads, plan_moves, reorder_block
 from .rotate import residual_of, rotate_block, rotate_embedding, rotate_head
+from .selection import BlockSelection
 
 __all__ = [
     "ADAPTERS",
+    "BlockSelection",
     "Heads",
     "ModelAdapter",
     "Moves",
@@ -30,4 +32,5 @@ __all__ = [
     "rotate_embedding",
     "rotate_head",
     "scale_rule",
+    "smoothed",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,13 @@ class ScaleRule:
         if self.repeat == 1:
             return scale
         return scale.reshape(-1, self.repeat, self.head_dim)[:, 0].reshape(-1)
+
+    def to_inputs(self, scale: Tensor) -> Tensor:
+        """The inverse of ``to_prev``: a scale of ``prev``'s outputs as seen by the inputs ``[in]``."""
+        if self.repeat == 1:
+            return scale
+        by_head = scale.reshape(-1, 1, self.head_dim)
+        return by_head.expand(-1, self.repeat, -1).reshape(-1)
 
 
 def scale_rule(subset: Subset, prev: nn.Module, columns: int, heads: Heads, *, allow_gqa: bool) -> ScaleRule | None:
@@ -100,3 +108,42 @@ def fold_shift(prev: nn.Module, linears: list[nn.Linear], shift: Tensor, stored:
         bias.copy_(shifted)
         for linear in linears:
             linear.bias.copy_(linear.bias.to(exact) + linear.weight.to(exact) @ moved)
+
+
+def smoothed(
+    weights: Mapping[str, Tensor],
+    prev: str,
+    linears: Sequence[str],
+    divisor: Tensor,
+    rule: ScaleRule,
+    shift: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """What ``fold_shift`` and then ``fold_scale`` would make of a block's weights, as new tensors that gradients pass.
+
+    Nothing is rounded: this is for learning a scale, which is then folded.
+
+    Args:
+        weights: by name in the block; only those are in the result that change.
+        prev: name of the norm or Linear that absorbs.
+        linears: names of the readers.
+        divisor: ``[prev's outputs]``.
+        rule: how the inputs map onto them.
+        shift: ``[in]``, where inputs and ``prev``'s outputs are the same; the biases that absorb it must be there.
+
+    Raises:
+        KeyError: a bias is missing that a shift needs.
+    """
+    changed = {}
+    weight, bias = weights[f"{prev}.weight"], weights.get(f"{prev}.bias")
+    changed[f"{prev}.weight"] = weight / (divisor if weight.dim() == 1 else divisor[:, None])
+    if shift is not None:
+        bias = weights[f"{prev}.bias"] - shift
+    if bias is not None:
+        changed[f"{prev}.bias"] = bias / divisor
+    scale = rule.to_inputs(divisor)
+    for name in linears:
+        weight = weights[f"{name}.weight"]
+        changed[f"{name}.weight"] = weight * scale
+        if shift is not None:
+            changed[f"{name}.bias"] = weights[f"{name}.bias"] + weight @ shift
+    return changed

@@ -1,4 +1,5 @@
-"""Function-preserving rotations: of the residual (R1) and of the value heads (R2), as in QuaRot.
+"""Function-preserving rotations: of the residual (R1) and of the value heads (R2), as in QuaRot; and what undoes one of
+the feed-forward's product (R4) that runs with the model.
 
 Ashkboos et al., QuaRot: outlier-free 4-bit inference in rotated LLMs, 2024, section 4: stage 1a, and of 1c what needs
 nothing at run time. With ``Q`` orthogonal, whoever writes the residual writes ``xQ``, and whoever reads it undoes that.
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import ModelError
-from ..linalg import Rotation
+from ..linalg import OnlineRotation, Rotation
 from .adapter import Heads, ModelAdapter, Residual, Subset
 
 _CHUNK = 2**22  # elements that are float64 at a time, of an embedding or head
@@ -78,7 +79,12 @@ class _Norm:
 
 @torch.no_grad()
 def rotate_block(
-    block: nn.Module, subsets: Sequence[Subset], heads: Heads, residual: Rotation, values: Rotation
+    block: nn.Module,
+    subsets: Sequence[Subset],
+    heads: Heads,
+    residual: Rotation,
+    values: Rotation,
+    ffn: OnlineRotation | None = None,
 ) -> None:
     """Fuse the norms of a block into their readers, and rotate it, in place.
 
@@ -88,6 +94,8 @@ def rotate_block(
         heads: attention geometry.
         residual: R1, of the hidden size.
         values: R2, of a head's size, the same for all heads.
+        ffn: R4, of the feed-forward's width, by which somebody multiplies what the readers of that space read; None:
+            nobody does.
     """
     readers: dict[str, list[nn.Linear]] = {}
     for subset in subsets:
@@ -109,6 +117,8 @@ def rotate_block(
                 weight = residual(weight)
             elif subset.reads == "heads":
                 weight = by_head(weight)
+            elif subset.reads == "ffn" and ffn is not None:
+                weight = ffn(weight)
             after = residual if subset.writes == "residual" else by_head if name in value else None
             if after is not None:  # output channels are the rows
                 weight, bias = after(weight.T).T, None if bias is None else after(bias)

@@ -10,6 +10,7 @@ from .linear import InputQuantizer
 from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, StaticMinMax
 from .qweight import QWeight
 from .record import UnitRecord
+from .scheme import Scheme
 from .sparsity import Sparsity, lowest, prune_mask
 from .spec import (
     Granularity,
@@ -26,6 +27,7 @@ from .spec import (
     RangeSpec,
     SymMode,
 )
+from .straight import clipped_weight, straight_through
 
 __all__ = [
     "Accumulator",
@@ -56,12 +58,14 @@ __all__ = [
     "QWeight",
     "QuantSpec",
     "RangeSpec",
+    "Scheme",
     "Sparsity",
     "StaticMinMax",
     "SymMode",
     "UnitRecord",
     "bind_global_scale",
     "cache_qparams",
+    "clipped_weight",
     "cluster_extremes",
     "cluster_qparams",
     "fake_quantize_inputs",
@@ -74,5 +78,6 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "static_qparams",
+    "straight_through",
     "to_groups",
 ]

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .activations import ActSpec, InputRange, fake_quantize_inputs
+from .straight import straight_through
 
 
 class InputQuantizer:
     """A forward pre-hook of all Linears that read one tensor. It passes inputs through until it is switched on.
 
     The Linears of a subset are called with the same tensor one after another, so a result is kept for the rest of them.
+    Where gradients are wanted they pass the rounding as if it weren't there.
 
     Args:
         spec: the grid.
@@ -37,6 +40,10 @@ class InputQuantizer:
             raise ValueError(f"{self.spec.describe()} needs a calibrated range")
         self.found, self._on, self._kept = found, True, None
 
+    def switch_off(self) -> None:
+        """Pass inputs through again."""
+        self.found, self._on, self._kept = None, False, None
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """The arguments with the first one, the input, rounded; None to leave them."""
         if not self._on:
@@ -44,7 +51,9 @@ class InputQuantizer:
         inputs: Tensor = args[0]
         kept = self._kept
         if kept is None or not kept.is_of(inputs):
-            rounded = fake_quantize_inputs(inputs, self.spec, self.found)
+            rounded = fake_quantize_inputs(inputs.detach(), self.spec, self.found)
+            if torch.is_grad_enabled() and inputs.requires_grad:
+                rounded = straight_through(inputs, rounded)
             kept = _Rounded(inputs, inputs._version, rounded, self._readers)
         kept.left -= 1
         self._kept = kept if kept.left > 0 else None

@@ -58,6 +58,8 @@ class ProgressListener:
         for name, note in row["layers"].items():
             if note["fallback"]:
                 self._rich.print(f"[yellow]warning:[/] {row['unit']}, {name}: {note['fallback']}")
+        if row["tuning"] is not None and row["tuning"]["stopped"]:
+            self._rich.print(f"[yellow]warning:[/] {row['unit']}: {row['tuning']['stopped']}; kept the best before it")
 
     def phase(self, text: str) -> None:
         """What is going on now."""
@@ -89,11 +91,13 @@ class Console:
         with Progress(*columns, console=self._rich, disable=not self._rich.is_terminal) as bar:
             yield ProgressListener(self._rich, bar)
 
-    def plan(self, layers: Sequence[Layer], estimate: Estimate, exporters: Sequence[Exporter]) -> None:
+    def plan(
+        self, layers: Sequence[Layer], estimate: Estimate, exporters: Sequence[Exporter], drop_blocks: int = 0
+    ) -> None:
         """What a dry run found out."""
         table = Table("layer", "out x in", "scheme", box=None, pad_edge=False)
         for layer in layers:
-            scheme = layer.describe() or "[yellow]kept[/] (ignored_layers)"
+            scheme = layer.describe() or "[yellow]kept[/]"
             table.add_row(layer.name, f"{layer.rows} x {layer.columns}", scheme)
         self._rich.print(table)
         schemes = Counter(layer.describe() or "kept" for layer in layers)
@@ -101,6 +105,7 @@ class Console:
         self._facts(
             {
                 "layers": "; ".join(f"{count} x {scheme}" for scheme, count in schemes.items()),
+                **({"dropped": f"{drop_blocks} blocks, which ones the run finds out"} if drop_blocks else {}),
                 "left alone": "embeddings, norms, head: they are never quantized or pruned",
                 "exports": ", ".join(f"{e.name} (checked)" for e in exporters) or "none",
                 "read": human(estimate.read),
@@ -126,6 +131,11 @@ class Console:
             facts["bits per key and value"] = f"{metrics['kv_scheme']['bits_per_element']:.2f} in the KV cache"
         if metrics["bits_per_weight"] is not None:
             facts["bits per weight"] = f"{metrics['bits_per_weight']:.2f} in the quantized layers"
+        if (surveyed := metrics["blocks_dropped"]) is not None:
+            dropped = [f"{index} ({surveyed['influence'][index]:.3f})" for index in surveyed["dropped"]]
+            kept = metrics["model"]["blocks"] - len(dropped)
+            facts["blocks"] = f"{kept} of {metrics['model']['blocks']} kept"
+            facts["dropped (influence)"] = ", ".join(dropped)
         if metrics["sparsity"] is not None:
             facts["sparsity"] = f"{metrics['sparsity']['mean']:.2%} of the weights in the pruned layers are zero"
         for one in result.perplexities:

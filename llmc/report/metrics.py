@@ -9,7 +9,7 @@ from typing import Any
 from ..eval.perplexity import Perplexity
 
 SCHEMA = 1
-_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "cache_ranges")
+_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ def make_metrics(
     scheme: Mapping[str, Any] | None,
     sparsity: Mapping[str, Any] | None,
     activations: Mapping[str, Any] | None,
+    mixed: Sequence[Mapping[str, Any]],
     kv_scheme: Mapping[str, Any] | None,
     bits: float | None,
+    influence: Mapping[str, Any] | None,
     perplexities: Sequence[Perplexity],
     outputs: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
@@ -50,7 +52,10 @@ def make_metrics(
     """Plain values. ``layers`` gives each Linear's relative output error ``|(W - W')X|²/|WX|²`` on the calibration
     tokens (of the weights alone where the method saw none), the damping that GPTQ needed and why a layer fell back;
     of a pruned one the fraction of zeros and, if a quantizer followed, the error that it found (``error`` is then the
-    quantizer's own); ``inputs`` the calibrated range of each subset's input where activations have static scales."""
+    quantizer's own); ``inputs`` the calibrated range of each subset's input where activations have
+    static scales. ``blocks_dropped`` gives the influence of every block of the original model and the numbers of those
+    that were left out; ``unit`` keeps the original numbers.
+    ``tuning`` is the loss at the start and at the end of a block that was learned, and the epoch that was kept."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
     fallbacks = [
         {"block": row["unit"], "layer": name, "why": note["fallback"]}
@@ -65,8 +70,10 @@ def make_metrics(
         "scheme": scheme,
         "sparsity": None if sparsity is None else {**sparsity, "mean": _mean_sparsity(blocks)},
         "activations": activations,
+        "mixed_schemes": list(mixed),
         "kv_scheme": kv_scheme,
         "bits_per_weight": bits,
+        "blocks_dropped": influence,
         "evaluation": [one.to_dict() for one in perplexities],
         "outputs": {name: dict(output) for name, output in outputs.items()},
         "calibration_tokens": calibration_tokens,
@@ -76,10 +83,7 @@ def make_metrics(
         "peak_host_bytes": measured.peak_host,
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
-        "blocks": [
-            {key: row[key] for key in ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges")}
-            for row in blocks
-        ],
+        "blocks": [{key: row[key] for key in _BLOCK_KEYS} for row in blocks],
         "config": dict(config),
     }
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..errors import ModelError
+from ..linalg import OnlineRotation
 from ..quant import CacheScheme, KvCache, KvRanges, KvSpec
 from .stages import BlockRun
 
@@ -84,15 +85,18 @@ class CachedAttention:
     Args:
         scheme: what the cache does; None keeps everything in full precision.
         decode: act it out token by token, with a cache, instead of working it out for the whole window.
+        rotation: of each head of queries and keys, so that the cache holds rotated keys (QuaRot's R3).
     """
 
-    def __init__(self, scheme: CacheScheme | None, *, decode: bool) -> None:
-        self._scheme, self._decode, self._sdpa = scheme, decode, _sdpa()
+    def __init__(self, scheme: CacheScheme | None, *, decode: bool, rotation: OnlineRotation | None = None) -> None:
+        self._scheme, self._decode, self._rotation, self._sdpa = scheme, decode, rotation, _sdpa()
 
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         """See ``attending``."""
+        if self._rotation is not None:
+            query, key = self._rotation(query), self._rotation(key)
         parts = self._decoded if self._decode else self._windowed
         return torch.cat(list(parts(module, query, key, value, mask, options)), dim=1), None
 
@@ -153,21 +157,23 @@ class _Seen(Exception):
 
 
 class _Watcher:
-    """Notes the ranges of keys and values instead of attending."""
+    """Notes the ranges of keys, as they are cached, and values instead of attending."""
 
-    def __init__(self) -> None:
+    def __init__(self, rotation: OnlineRotation | None) -> None:
+        self.rotation = rotation
         self.keys: list[tuple[float, float]] = []
         self.values: list[tuple[float, float]] = []
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        for states, found in ((key, self.keys), (value, self.values)):
+        cached = key if self.rotation is None else self.rotation(key)
+        for states, found in ((cached, self.keys), (value, self.values)):
             lo, hi = states.float().aminmax()
             found.append((float(lo), float(hi)))
         raise _Seen
 
 
 def attending_to_cache(
-    model: Any, kv: KvSpec | None, ranges: KvRanges | None, *, decode: bool
+    model: Any, kv: KvSpec | None, ranges: KvRanges | None, *, decode: bool, rotation: OnlineRotation | None = None
 ) -> AbstractContextManager[None]:
     """The context in which the blocks of ``model`` attend to a cache.
 
@@ -177,6 +183,7 @@ def attending_to_cache(
             before they are calibrated.
         ranges: of the keys and values of the block that will be run.
         decode: act it out token by token.
+        rotation: of queries and keys. Where keys aren't quantized it's left out, since nothing would come of it.
 
     Raises:
         ModelError: the model's attention can't be replaced.
@@ -184,16 +191,22 @@ def attending_to_cache(
     scheme = None if kv is None or (kv.static and ranges is None) else kv.scheme(ranges)
     if scheme is None and not decode:
         return nullcontext()
-    return attending(model, CachedAttention(scheme, decode=decode))
+    rotation = None if scheme is None else rotation
+    return attending(model, CachedAttention(scheme, decode=decode, rotation=rotation))
 
 
-def cache_ranges(model: Any, run: BlockRun) -> KvRanges:
-    """Ranges of the keys and values that a block puts into attention, over all its inputs, in full precision.
+def cache_ranges(model: Any, run: BlockRun, rotation: OnlineRotation | None = None) -> KvRanges:
+    """Ranges of the keys and values that a block caches, over all its inputs, in full precision.
+
+    Args:
+        model: a transformers model.
+        run: a block with its inputs.
+        rotation: of the keys.
 
     Raises:
         ModelError: the block has no attention.
     """
-    watcher = _Watcher()
+    watcher = _Watcher(rotation)
     with attending(model, watcher):
         for batch in range(len(run.inputs)):
             try:

@@ -11,15 +11,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import ClipRatios, Frame, LayerNote, Recipe, Statistics, Step, SubsetView, new_statistics
+from ..algorithms import (
+    BlockView,
+    ClipRatios,
+    Frame,
+    LayerNote,
+    Online,
+    Recipe,
+    Statistics,
+    Step,
+    SubsetView,
+    TuneNote,
+    new_statistics,
+)
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import (
+    ActSpec,
     ClusterGrid,
     InputRange,
     KvRanges,
     KvSpec,
-    QuantSpec,
     QWeight,
+    Scheme,
     UnitRecord,
     bind_global_scale,
     cache_qparams,
@@ -27,12 +40,14 @@ from ..quant import (
 from .clustered import ClusteredBlock
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
-from .stages import BlockRun, HeldCalls, Stage, run_replayed, run_staged, run_together
+from .stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
+from .training import LearningCalls, repeatable
 
 
 @dataclass(frozen=True)
 class WorkContext:
-    """What is the same for all blocks. The frame is there if a transform changes weights as they're loaded."""
+    """What is the same for all blocks. The frame is there if a transform changes weights as they're loaded; ``online``
+    is what runs with the model that it made."""
 
     recipe: Recipe
     subsets: tuple[Subset, ...]
@@ -40,6 +55,7 @@ class WorkContext:
     device: torch.device
     forward: Literal["auto", "staged", "replay"]
     frame: Frame | None = None
+    online: Online = field(default_factory=Online)
 
 
 @dataclass
@@ -58,6 +74,7 @@ class BlockWork:
         inputs: what rounds the Linears' inputs.
         clustered: what rounds tensors inside the block by clusters of channels; None where the recipe doesn't.
         ranges: of the block's keys and values, for a static KV cache.
+        tuning: what the report says of learning the block, if it was learned.
         clusters: grids of tensors inside the block, as ``ClusteredBlock.switch_on`` wants them.
     """
 
@@ -72,6 +89,7 @@ class BlockWork:
     pruned: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, list[float]] = field(default_factory=dict)
     ranges: KvRanges | None = None
+    tuning: TuneNote | None = None
     clusters: dict[str, ClusterGrid] = field(default_factory=dict)
     _pending: list[Tensor] | None = None
     _behind: bool = False
@@ -80,11 +98,20 @@ class BlockWork:
 
     def __post_init__(self) -> None:
         recipe = self.context.recipe
-        readers = {
-            subset.key: [self._linear(name) for name in subset.linears if self._spec_of(name) is not None]
+        readers: dict[str, tuple[ActSpec, list[nn.Linear]]] = {}
+        for subset in self.context.subsets if recipe.steps else ():
+            schemes = self._schemes_of(subset)
+            act = _act_of(schemes)
+            if act is not None:
+                rounding = [self._linear(name) for name, scheme in schemes.items() if scheme.act is not None]
+                readers[subset.key] = act, rounding
+        rotated = [
+            (self._linear(name), rotation)
             for subset in self.context.subsets
-        }
-        self.inputs = BlockInputs(recipe.act if recipe.steps else None, readers)
+            if (rotation := self.context.online.of_input(subset)) is not None
+            for name in subset.linears
+        ]
+        self.inputs = BlockInputs(readers, rotated)
         if recipe.clusters:
             parts = (self.block, self.context.subsets, self.context.heads, self.context.device)
             self.clustered = ClusteredBlock(*parts, attends=recipe.clustered is not None)
@@ -106,13 +133,16 @@ class BlockWork:
 
         A transform folds only when it has seen all subsets, so its forward is that of the unchanged block, and its
         outputs are the original stream's next inputs for nothing. Where several steps read that stream, or one changes
-        weights on the way, the outputs are computed beforehand and take the inputs' place when all have read them.
+        weights on the way, or learns those outputs, they are computed beforehand and take the inputs' place when all
+        have read them; where nobody reads the inputs, at once.
         """
         readers = [s for s in self._data_steps() if not s.needs.compressed_stream]
-        single = len(readers) == 1 and not readers[0].needs.sequential
+        single = len(readers) == 1 and not readers[0].needs.sequential and not readers[0].needs.targets
         first = single and readers[0] is self.context.recipe.in_block[0]
         pending = None
-        if original is not None and not first:
+        if original is not None and not readers:
+            propagate(original)
+        elif original is not None and not first:
             pending = [original.forward(batch).cpu() for batch in range(len(original.inputs))]
         for step in self.context.recipe.in_block:
             run = compressed if step.needs.compressed_stream else original
@@ -139,14 +169,24 @@ class BlockWork:
             raise ValueError("a recipe ends with a pruner or a quantizer")
         if step.algorithm.kind == "quantizer":
             run = compressed if step.needs.compressed_stream else original
+            if step.algorithm.learns:
+                self._learn(step, run, original)
+                self._phase(step, None, keep=False)
+                self._flush(original)
+                return False
             self._behind = step.needs.data and step.needs.sequential and step.needs.compressed_stream
             keep = self._behind if run is compressed else self._pending is None and original is not None
             self._phase(step, run if step.needs.data else None, keep=keep)
             self._reorder()
+        self._flush(original)
+        return self._behind
+
+    def _flush(self, original: BlockRun | None) -> None:
+        """Put the original block's outputs in their inputs' place, if they are still waiting."""
         if original is not None and self._pending is not None:
             for batch, output in enumerate(self._pending):
                 original.inputs.store(batch, output)
-        return self._behind
+        self._pending = None
 
     def _data_steps(self) -> list[Step]:
         return [step for step in self.context.recipe.steps if step.needs.data]
@@ -155,13 +195,14 @@ class BlockWork:
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
         views: list[SubsetView] = []
+        subsets = [subset for subset in self.context.subsets if step.algorithm.covers(subset)]
 
         def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
-            view = self._view(self.context.subsets[position], statistics, calls)
+            view = self._view(subsets[position], statistics, calls)
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if step.algorithm.kind == "transform" else unheaped():
                 step.algorithm.subset(view)
-            self._accept(view)
+                self._accept(view)
             if step.algorithm.kind == "quantizer":
                 found = None if statistics.ranges is None else InputRange(*statistics.ranges.range())
                 self.inputs.switch_on(view.subset.key, found)
@@ -170,11 +211,11 @@ class BlockWork:
             trim_heap()
 
         if run is None:
-            for position in range(len(self.context.subsets)):
+            for position in range(len(subsets)):
                 solve(position, Statistics(), None)
         else:
             searching = step.algorithm.kind == "transform"
-            stages = [self._stage(subset, step, searching=searching) for subset in self.context.subsets]
+            stages = [self._stage(subset, step, searching=searching) for subset in subsets]
             with ExitStack() as stack:
                 if self.clustered is not None and step.algorithm.clusters:
                     stack.enter_context(self.clustered.watching())
@@ -182,6 +223,34 @@ class BlockWork:
                 self._runner(step, searching)(run, stages, solve, keep=keep)
         for view in views:
             self._fold(view)
+
+    def _learn(self, step: Step, run: BlockRun | None, original: BlockRun | None) -> None:
+        """Let the step learn scales and clips against the original block's outputs, and fold what it found.
+
+        Raises:
+            ValueError: a stream is missing.
+        """
+        if run is None or original is None:
+            raise ValueError(f"{step.algorithm.name} needs calibration streams of both models")
+        if run is not original:
+            self._flush(original)  # nobody reads the original's inputs any more
+        pending = self._pending
+        targets = partial(original.inputs.load, device=run.device) if pending is None else pending.__getitem__
+        views: list[SubsetView] = []
+
+        def look(position: int, statistics: Statistics, calls: HeldCalls) -> None:
+            views.append(self._view(self.context.subsets[position], statistics, None))
+
+        stages = [self._stage(subset, step, searching=False) for subset in self.context.subsets]
+        run_together(run, stages, look, keep=False)
+        weights = {name: parameter.data for name, parameter in self.block.named_parameters()}
+        transformed = any(one.algorithm.kind == "transform" for one in self.context.recipe.in_block)
+        calls = LearningCalls(run, self.inputs, targets)
+        with repeatable(self.context.device):
+            self.tuning = step.algorithm.tune(BlockView(views, weights, calls, transformed))
+        for view in views:
+            self._fold(view)
+        self._store_plain()
 
     def _runner(self, step: Step, searching: bool) -> Callable[..., None]:
         if not step.needs.sequential and not searching:
@@ -192,9 +261,9 @@ class BlockWork:
         linears = tuple(self._linear(name) for name in subset.linears)
         inspect = (self.block.get_submodule(subset.inspect) if subset.inspect else self.block) if searching else None
         columns = linears[0].weight.shape[1]
-        act = None if searching else self.context.recipe.act
+        act = None if searching else _act_of(self._schemes_of(subset))
         make = partial(new_statistics, step.algorithm.statistics, columns, self.context.device, act)
-        return Stage(linears, inspect, make)
+        return Stage(linears, inspect, make, self.context.online.of_input(subset))
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.block.get_submodule(name)
@@ -206,8 +275,8 @@ class BlockWork:
         places = {name: (self.index, name, f"{self.prefix}.{name}") for name in subset.linears}
         shares = {name: self.context.recipe.sparsity_of(*place) for name, place in places.items()}
         sparsity = {name: share for name, share in shares.items() if share is not None}
-        found = {name: self._spec_of(name) for name in subset.linears}
-        specs = {name: spec for name, spec in found.items() if spec is not None}
+        schemes = self._schemes_of(subset)
+        specs = {name: scheme.weight for name, scheme in schemes.items() if scheme.weight is not None}
         # Linears that are run as one share NVFP4's global scale.
         weights = [self._linear(name).weight.detach() for name in specs]
         specs = {name: bind_global_scale(spec, weights) for name, spec in specs.items()}
@@ -222,13 +291,17 @@ class BlockWork:
             clips=self.clips,
             sparsity=sparsity,
             pruned=self.pruned,
-            act=self.context.recipe.act if specs else None,
+            act=_act_of(schemes),
+            unrounded=frozenset(name for name in specs if schemes[name].act is None),
             clustered=self.context.recipe.clustered,
             attention=None if self.clustered is None else self.clustered.watched,
         )
 
-    def _spec_of(self, name: str) -> QuantSpec | None:
-        return self.context.recipe.spec_of(self.index, name, f"{self.prefix}.{name}")
+    def _schemes_of(self, subset: Subset) -> dict[str, Scheme]:
+        return {name: self._scheme_of(name) for name in subset.linears}
+
+    def _scheme_of(self, name: str) -> Scheme:
+        return self.context.recipe.scheme_of(self.index, name, f"{self.prefix}.{name}")
 
     def _accept(self, view: SubsetView) -> None:
         """Take over a subset's results. Compressed weights go live at once: a waiting batch goes on with them.
@@ -300,7 +373,7 @@ class BlockWork:
         for name, parameter in self._parameters():
             owner = name.removeprefix(f"{self.prefix}.").rpartition(".")[0]
             if (
-                self._spec_of(owner) is None
+                self._scheme_of(owner).weight is None
                 or not name.endswith(".weight")
                 or not isinstance(self.block.get_submodule(owner), nn.Linear)
             ):
@@ -338,7 +411,7 @@ class BlockWork:
             self._stored_module(f"{self.prefix}.{name}.weight"): found[subset.key]
             for subset in self.context.subsets
             for name in subset.linears
-            if subset.key in found and name in self.quantized
+            if subset.key in found and self._scheme_of(name).act is not None
         }
 
     def _cache_scales(self) -> dict[str, Tensor]:
@@ -372,6 +445,11 @@ class BlockWork:
         finally:
             for parameter, data in kept:
                 parameter.data = data
+
+
+def _act_of(schemes: Mapping[str, Scheme]) -> ActSpec | None:
+    """How a subset's input is rounded, by those of its Linears that round it: they agree."""
+    return next((scheme.act for scheme in schemes.values() if scheme.act is not None), None)
 
 
 def _scale(kv: KvSpec, ends: tuple[float, float]) -> Tensor:

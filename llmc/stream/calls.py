@@ -6,7 +6,7 @@ called differently (sliding and full attention, several rope sets): the argument
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run a block as the model would; ``hidden`` is ``[batch, tokens, hidden]``, so is the result."""
         output = block(hidden, *self.args, **self.kwargs)
         hidden = output[0] if isinstance(output, tuple) else output

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..algorithms import Frame, LayerNote, Recipe
 from ..errors import RunError
@@ -20,69 +20,20 @@ from ..quant import KvRanges, UnitRecord
 from .activations import ActivationStore
 from .attention import attending, attending_to_cache, cache_ranges
 from .blockwork import BlockWork, WorkContext
-from .calls import Call, record, token_losses
+from .calls import token_losses
 from .clustered import ClusteredBlock
 from .edges import Edges
+from .entrance import Entrance
 from .journal import Journal
-from .memory import give_back_memory, short_collections
+from .memory import give_back_memory, short_collections, unheaped
+from .options import Batches, EngineOptions, Listener, Outcome
 from .sink import Sink
 from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
 from .source import BlockSource
 from .stages import BlockRun, propagate
 
-EvalPosition = Literal["pretrain", "transformed", "fake_quant", "fake_quant_wo_kv"]
+_NONE = Batches(())
 _COMPRESSED = ("fake_quant", "fake_quant_wo_kv")
-
-
-class Listener(Protocol):
-    """Hears of a run's progress."""
-
-    def started(self, blocks: int, done: int) -> None:
-        """The pass begins with ``done`` of ``blocks`` blocks already written by an earlier run."""
-
-    def block(self, index: int, row: Mapping[str, Any]) -> None:
-        """Block ``index`` is finished (``row`` is its line in the journal)."""
-
-    def phase(self, text: str) -> None:
-        """What is going on now."""
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Token batches ``[batch, tokens]``, int64, and the model states that they are run through."""
-
-    tokens: Sequence[Tensor]
-    positions: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to run, without influence on the result.
-
-    Attributes:
-        forward: ``staged`` holds all batches inside a block, ``replay`` repeats the block; ``auto`` decides by memory.
-        checkpoint_every: blocks between two activation checkpoints.
-    """
-
-    forward: Literal["auto", "staged", "replay"] = "auto"
-    checkpoint_every: int = 5
-
-
-@dataclass
-class Outcome:
-    """What a pass measured.
-
-    Attributes:
-        losses: for each evaluated state, one ``[batch, tokens - 1]`` cross entropy per evaluation batch.
-        decoded: the same of the batches that were decoded token by token.
-        bytes_read: bytes of tensor data read from the checkpoint.
-        seconds: time in this process by kind of work.
-    """
-
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    decoded: dict[str, list[Tensor]] = field(default_factory=dict)
-    bytes_read: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -105,6 +56,7 @@ class Engine:
         options: how to run.
         listener: hears of progress.
         frame: what transforms may know of the model that need no data; None: there is none of them.
+        dropped: blocks that only the evaluation of the original passes.
     """
 
     def __init__(
@@ -125,7 +77,8 @@ class Engine:
         options: EngineOptions,
         listener: Listener,
         frame: Frame | None = None,
-        decoding: Batches = Batches(()),
+        decoding: Batches = _NONE,
+        dropped: frozenset[int] = frozenset(),
     ) -> None:
         if journal.rows and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
@@ -137,10 +90,12 @@ class Engine:
         self._sinks, self._transformed = sinks, transformed
         self._store, self._journal, self._device = store, journal, device
         self._options, self._listener = options, listener
-        self._count = len(skeleton.blocks)
-        self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._count, self._dropped = len(skeleton.blocks), dropped
+        self._entrance = Entrance(skeleton, store, device)
         self._spent: dict[str, float] = {}
-        self._work = WorkContext(recipe, subsets, heads, device, options.forward, frame)
+        self._online = recipe.online(frame)
+        cut = tuple(self._online.cut(subset) for subset in subsets)
+        self._work = WorkContext(recipe, cut, heads, device, options.forward, frame, self._online)
         self._edges = Edges(recipe.at_load, frame, skeleton, device)
 
     @torch.no_grad()
@@ -156,13 +111,14 @@ class Engine:
 
     def _run_all(self) -> Outcome:
         self._source.prefetch(EMBED)
-        self._source.prefetch(block_unit(0))
+        self._prefetch_behind(-1)
         embedding = self._embed()
         done = sum(self._journal.unit(block_unit(index)) is not None for index in range(self._count))
         self._listener.started(self._count, done)
         first = self._restore()
         for index in range(first, self._count):
-            self._block(index)
+            if self._passed(index):
+                self._block(index)
         outcome = Outcome(bytes_read=0)
         self._head(embedding, outcome)
         outcome.bytes_read = self._source.bytes_read
@@ -178,26 +134,15 @@ class Engine:
         check_finite(raw)
         changed = self._edges.embedding(raw)
         self._write_through(EMBED, changed)
-        wanted = self._wanted_streams()
+        wanted, resumed = self._wanted_streams(), self._journal.last("activations") is not None
         for weights, names in self._edges.by_state(raw, changed, wanted):
             self._skeleton.load(weights)
             for name in names:
-                self._fill(name, wanted[name])
+                self._entrance.fill(name, wanted[name], keep=not resumed)
         self._skeleton.release_unit(EMBED)
         kept = self._skeleton.tied_head and (self._edges.change or self._measured)
         give_back_memory()
         return raw if kept else {}
-
-    def _fill(self, name: str, batches: Sequence[Tensor]) -> None:
-        """Make a stream of the first block's inputs."""
-        width = self._skeleton.model.config.get_text_config().hidden_size
-        shapes = [(tokens.shape[0], tokens.shape[1], width) for tokens in batches]
-        stream = self._store.add(name, shapes, self._skeleton.model.dtype)
-        resumed = self._journal.last("activations") is not None
-        for index, tokens in enumerate(batches):
-            hidden = self._record(tokens)
-            if not resumed:
-                stream.store(index, hidden)
 
     def _wanted_streams(self) -> dict[str, Sequence[Tensor]]:
         """Streams that somebody reads."""
@@ -211,12 +156,6 @@ class Engine:
                 wanted[f"{kind}.{position}"] = self._batches[kind].tokens
         return wanted
 
-    def _record(self, tokens: Tensor) -> Tensor:
-        """Hidden state in front of the first block; remembers the calls for this shape of batch."""
-        recorded = record(self._skeleton, tokens.to(self._device))
-        self._calls.setdefault(tuple(tokens.shape), recorded.calls)
-        return recorded.hidden
-
     def _restore(self) -> int:
         """Index of the block to go on with."""
         checkpoint = self._journal.last("activations")
@@ -226,6 +165,15 @@ class Engine:
         self._store.restore(checkpoint["file"])
         return int(checkpoint["after"]) + 1
 
+    def _passed(self, index: int) -> bool:
+        """Whether some stream goes through a block."""
+        return index not in self._dropped or "pretrain" in self._measured
+
+    def _prefetch_behind(self, index: int) -> None:
+        """Start reading the next block that is passed, or the head."""
+        following = next((other for other in range(index + 1, self._count) if self._passed(other)), None)
+        self._source.prefetch(HEAD if following is None else block_unit(following))
+
     # --- a block -----------------------------------------------------------------------------------------------------
 
     def _block(self, index: int) -> None:
@@ -233,15 +181,34 @@ class Engine:
         started = time.perf_counter()
         self._listener.phase(f"block {index + 1}/{self._count}")
         raw = self._timed("read", lambda: self._source.take(unit))
-        self._source.prefetch(block_unit(index + 1) if index + 1 < self._count else HEAD)
-        check_finite(raw)
+        self._prefetch_behind(index)
         stored = {self._skeleton.parameter_of[name]: (name, tensor.dtype) for name, tensor in raw.items()}
-        self._skeleton.load(raw)
+        with unheaped():
+            check_finite(raw)
+            self._skeleton.load(raw)
         del raw
         give_back_memory()
         block = self._skeleton.blocks[index]
         self._ranges = self._clustered = None
         self._evaluate(index, "pretrain")
+        row = None
+        if index not in self._dropped:
+            row = self._compressed(index, block, stored, started)
+        self._gate(index)
+        self._skeleton.release(block)
+        del block
+        give_back_memory()
+        if row is not None:
+            self._listener.block(index, row)
+        behind = sum(self._passed(other) for other in range(index + 1))
+        if behind % self._options.checkpoint_every == 0 and index + 1 < self._count and self._store.streams:
+            self._checkpoint(index)
+
+    def _compressed(
+        self, index: int, block: nn.Module, stored: Mapping[str, tuple[str, torch.dtype]], started: float
+    ) -> dict[str, Any]:
+        """Bring the compressed model behind a block; returns the block's row."""
+        unit = block_unit(index)
         work = BlockWork(self._work, index, block, self._prefix(index), stored)
         self._clustered = work.clustered
         self._timed("calibrate", work.load)
@@ -252,21 +219,16 @@ class Engine:
             self._journal.append(row)
         else:
             self._replay(index, unit, work, row)
-        self._gate(index)
         work.remove_hooks()
-        self._skeleton.release(block)
-        del work, block
-        give_back_memory()
-        self._listener.block(index, row)
-        if (index + 1) % self._options.checkpoint_every == 0 and index + 1 < self._count and self._store.streams:
-            self._checkpoint(index)
+        self._clustered = None
+        return row
 
     def _compress(self, index: int, unit: str, work: BlockWork) -> dict[str, Any]:
         original, compressed = self._run(index, "calib.original"), self._run(index, "calib.compressed")
         self._timed("calibrate", lambda: work.transform(original, compressed))
         if self._recipe.calibrates_cache and compressed is not None:
             work.ranges = self._ranges = self._timed(
-                "calibrate", partial(cache_ranges, self._skeleton.model, compressed)
+                "calibrate", partial(cache_ranges, self._skeleton.model, compressed, self._online.keys)
             )
         outputs: dict[str, Any] = {}
         if self._transformed is not None or "transformed" in self._measured:
@@ -292,6 +254,7 @@ class Engine:
             "inputs": work.inputs.ranges,
             "clusters": work.plain_clusters,
             "cache_ranges": None if work.ranges is None else asdict(work.ranges),
+            "tuning": None if work.tuning is None else asdict(work.tuning),
             "error": self._relative_error(),
         }
 
@@ -317,9 +280,7 @@ class Engine:
         if stream not in self._store.streams:
             return None
         batches = self._batches[stream.partition(".")[0]].tokens
-        calls = [self._calls[tuple(tokens.shape)][index] for tokens in batches]
-        attention = partial(self._attention, stream)
-        return BlockRun(self._skeleton.blocks[index], self._store.streams[stream], calls, self._device, attention)
+        return self._entrance.run(index, stream, batches, partial(self._attention, stream))
 
     def _attention(self, stream: str) -> AbstractContextManager[None]:
         """The compressed model attends over its quantized KV cache, also where it's calibrated, or with what a method
@@ -329,7 +290,8 @@ class Engine:
         if clustered is not None and clustered.on:
             return attending(self._skeleton.model, clustered.attend)
         kv = self._recipe.kv if state in ("compressed", "fake_quant") else None
-        return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode")
+        keys = self._online.keys
+        return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode", rotation=keys)
 
     def _evaluate(self, index: int, *states: str) -> None:
         for stream in (f"{kind}.{state}" for state in states for kind in ("eval", "decode")):

@@ -1,37 +1,53 @@
-"""The quantized inputs of one block's Linears."""
+"""The rotated and quantized inputs of one block's Linears."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
+from ..linalg import OnlineRotation
 from ..quant import ActSpec, InputQuantizer, InputRange
+
+Rotated = Sequence[tuple[nn.Linear, OnlineRotation]]
 
 
 class BlockInputs:
-    """Hooks that round what a block's Linears read, from the moment on that their subset is compressed.
+    """Hooks that rotate what some of a block's Linears read, and round it from the moment on that their subset is
+    compressed.
 
     Args:
-        spec: the grid; None: inputs stay as they are.
-        readers: the Linears with quantized inputs of each subset, by the subset's key.
+        readers: for each subset that has any, by its key, how its input is rounded and the Linears that read it so.
+        rotated: the Linears with rotated inputs.
     """
 
-    def __init__(self, spec: ActSpec | None, readers: Mapping[str, Sequence[nn.Linear]]) -> None:
-        self._quantizers: dict[str, InputQuantizer] = {}
-        for key, linears in readers.items():
-            if spec is not None and linears:
-                self._quantizers[key] = InputQuantizer(spec, len(linears))
-        self._hooks = [
+    def __init__(self, readers: Mapping[str, tuple[ActSpec, Sequence[nn.Linear]]], rotated: Rotated = ()) -> None:
+        self._quantizers = {key: InputQuantizer(spec, len(linears)) for key, (spec, linears) in readers.items()}
+        # In this order they are called: what is rounded is the rotated input.
+        self._hooks = [linear.register_forward_pre_hook(_rotating(rotation)) for linear, rotation in rotated]
+        self._hooks += [
             linear.register_forward_pre_hook(quantizer)
             for key, quantizer in self._quantizers.items()
-            for linear in readers[key]
+            for linear in readers[key][1]
         ]
 
     def switch_on(self, key: str, found: InputRange | None) -> None:
         """A subset is compressed: its inputs are rounded from now on."""
         if key in self._quantizers:
             self._quantizers[key].switch_on(found)
+
+    @contextmanager
+    def rounding(self) -> Iterator[None]:
+        """Within the context all inputs are rounded, with dynamic scales."""
+        try:
+            for key in self._quantizers:
+                self.switch_on(key, None)
+            yield
+        finally:
+            for quantizer in self._quantizers.values():
+                quantizer.switch_off()
 
     def restore(self, ranges: Mapping[str, Sequence[float]]) -> None:
         """Switch all subsets on, with the static ranges that ``ranges`` returned in an earlier run."""
@@ -52,3 +68,10 @@ class BlockInputs:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _rotating(rotation: OnlineRotation) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return rotation(args[0]), *args[1:]
+
+    return hook

@@ -6,8 +6,10 @@ import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from mmap import mmap
 
 import torch
+from torch import Tensor
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _M_ARENA_MAX = -8
@@ -54,6 +56,16 @@ def unheaped() -> Iterator[None]:
     finally:
         allocator.mallopt(_M_MMAP_THRESHOLD, _MOST)
         allocator.malloc_trim(0)
+
+
+def own_memory(size: int) -> Tensor:
+    """``size`` uninitialized bytes (uint8) that come from the system and go back to it the moment they're freed.
+
+    For a thread that reads ahead: it allocates while others hold what they will free sooner, which would leave holes.
+    """
+    if size < 2**16:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
 
 
 def give_back_memory() -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import RunError
+from ..models import BlockSelection
 from ..quant import UnitRecord
 from .files import sha256, write_json, write_tensors
 from .memory import unheaped
@@ -40,12 +41,20 @@ class Sink:
         unit_format: what they hold.
         units: all units in order.
         verify: reads a written shard back and raises if it isn't what was to be written.
+        selection: which blocks stay. Their tensors are stored under the names that they have in the smaller model;
+            records have the original ones. None: all blocks stay.
     """
 
     def __init__(
-        self, folder: Path, unit_format: UnitFormat, units: list[str], verify: Callable[[Path, UnitRecord], None]
+        self,
+        folder: Path,
+        unit_format: UnitFormat,
+        units: list[str],
+        verify: Callable[[Path, UnitRecord], None],
+        selection: BlockSelection | None = None,
     ) -> None:
         self.folder, self.format, self._units, self._verify = folder, unit_format, units, verify
+        self._selection = selection
 
     def shard(self, unit: str) -> Path:
         """The file of a unit."""
@@ -56,6 +65,8 @@ class Sink:
         """Write a unit's shard, whole or not at all; returns what the journal keeps of it."""
         with unheaped():
             tensors = self.format.tensors(record)
+            if self._selection is not None:
+                tensors = {self._selection.renamed(name): tensor for name, tensor in tensors.items()}
             path = self.shard(unit)
             write_tensors(path, tensors)
             self._verify(path, record)
@@ -78,7 +89,10 @@ class Sink:
                 f"{path} is missing or isn't what the interrupted run wrote",
                 "start over with --set save.on_existing=overwrite",
             )
-        return self.format.read(load_file(path))
+        stored = load_file(path)
+        if self._selection is not None:
+            stored = {self._selection.original(name): tensor for name, tensor in stored.items()}
+        return self.format.read(stored)
 
     def write_index(self, rows: list[dict[str, Any]]) -> None:
         """Write the index of all shards from the journal's unit rows."""

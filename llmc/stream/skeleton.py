@@ -25,6 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
+from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
 
@@ -77,7 +78,8 @@ class Skeleton:
     ) -> None:
         logging: Any = transformers_logging  # parts of it have no annotations
         logging.disable_progress_bar()
-        with init_empty_weights(include_buffers=False):
+        # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
+        with unheaped(), init_empty_weights(include_buffers=False):
             auto: Any = AutoModelForCausalLM  # from_config has no annotations
             self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.eval()

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .headers import TensorEntry
+from .memory import own_memory
 
 
 class BlockSource:
@@ -45,7 +45,7 @@ class BlockSource:
         tensors: dict[str, Tensor] = {}
         entries = sorted(self._units[unit], key=lambda entry: (str(entry.file), entry.offset))
         for entry in entries:
-            raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+            raw = own_memory(entry.nbytes)
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(entry.offset)
                 if not _fill(file, raw.numpy().data):

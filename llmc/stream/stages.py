@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ..algorithms import Statistics
 from .activations import Stream
 from .calls import Call
-from .memory import trim_heap
+from .memory import trim_heap, unheaped
 
 Solve = Callable[[int, Statistics, "HeldCalls"], None]
 """Called with a stage's index, its statistics and the inspected module's calls."""
@@ -37,11 +37,17 @@ class Stage:
         linears: the modules that read the shared input.
         inspect: the module whose calls are kept for the search, or None if nobody asks.
         new_statistics: makes empty statistics.
+        rotate: what a hook of the Linears does to the shared input before they read it; None: nothing.
     """
 
     linears: tuple[nn.Module, ...]
     inspect: nn.Module | None
     new_statistics: Callable[[], Statistics]
+    rotate: Callable[[Tensor], Tensor] | None = None
+
+    def observe(self, statistics: Statistics, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]`` to the statistics as the Linears will read them, but for rounding."""
+        statistics.update(inputs if self.rotate is None else self.rotate(inputs))
 
 
 @dataclass
@@ -103,9 +109,16 @@ class _Waiting(greenlet.greenlet):
 
 
 def _first(linear: nn.Module, hook: Callable[..., None]) -> RemovableHandle:
-    """Hook a Linear before whatever rounds its input: statistics are of the input as it comes, and a batch that waited
-    in the hook has its input rounded as soon as the subset is compressed."""
+    """Hook a Linear before whatever rotates and rounds its input: statistics are of the input as it comes, which the
+    stage rotates, and a batch that waited in the hook has its input rounded as soon as the subset is compressed. A call
+    that is held for a search comes as it is too: repeating it goes through the rotation again."""
     return linear.register_forward_pre_hook(hook, prepend=True)
+
+
+def _begin(stage: Stage) -> Statistics:
+    """Empty statistics, not in the heap: a Gram matrix would stay there while all that came before it is freed."""
+    with unheaped():
+        return stage.new_statistics()
 
 
 def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bool) -> None:
@@ -118,7 +131,7 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
         keep: store the outputs over the inputs. They are the outputs of the weights that ``solve`` left.
     """
     hub = greenlet.getcurrent()
-    statistics = [stage.new_statistics() for stage in stages]
+    statistics = Statistics()  # of the stage that the batches are running to
     hooks = []
 
     def before(index: int) -> Callable[..., None]:
@@ -126,7 +139,7 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
             batch = greenlet.getcurrent()
             if isinstance(batch, _Waiting) and batch.passed < index:
                 batch.stage = index
-                statistics[index].update(args[0])
+                stages[index].observe(statistics, args[0])
                 hub.switch()
                 batch.passed = index
 
@@ -155,13 +168,14 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
             if stage.inspect is not None:
                 hooks.append(stage.inspect.register_forward_pre_hook(inspect, prepend=True, with_kwargs=True))
         for index, stage in enumerate(stages):
+            statistics = _begin(stage)
             for batch in waiting:
                 if batch.stage < index:
                     batch.switch()
             trim_heap()
             calls = [batch.inspected for batch in waiting if batch.stage == index and batch.inspected is not None]
-            solve(index, statistics[index], HeldCalls(stage.inspect or run.block, calls))
-            statistics[index] = Statistics()
+            solve(index, statistics, HeldCalls(stage.inspect or run.block, calls))
+            statistics = Statistics()
             for batch in waiting:
                 batch.inspected = None
         for batch in waiting:
@@ -178,7 +192,7 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
 def run_replayed(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bool) -> None:
     """The same result by one forward for each batch and subset, and one more for the outputs."""
     for index, stage in enumerate(stages):
-        statistics = stage.new_statistics()
+        statistics = _begin(stage)
         calls = HeldCalls(stage.inspect or run.block)
         for batch in range(len(run.inputs)):
             _observe(run, batch, stage, statistics, calls)
@@ -193,7 +207,7 @@ class _Reached(Exception):
 
 def _observe(run: BlockRun, batch: int, stage: Stage, statistics: Statistics, calls: HeldCalls) -> None:
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        statistics.update(args[0])
+        stage.observe(statistics, args[0])
         raise _Reached
 
     def inspect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,10 +230,10 @@ def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: 
 
     For quantizers that don't ask for sequential calibration and inspect no module.
     """
-    statistics = [stage.new_statistics() for stage in stages]
+    statistics = [_begin(stage) for stage in stages]
     first = [stage.linears[0] for stage in stages]
     hooks = [
-        _first(linear, lambda module, args, index=index: statistics[index].update(args[0]))
+        _first(linear, lambda module, args, index=index: stages[index].observe(statistics[index], args[0]))
         for index, linear in enumerate(first)
     ]
     try:

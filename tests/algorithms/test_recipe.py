@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from llmc.algorithms import Ignored, make_recipe
+from llmc.algorithms.awq import Awq, AwqOptions
 from llmc.algorithms.gptq import GPTQOptions
+from llmc.algorithms.osplus import OsPlus
+from llmc.algorithms.rtn import RTN, RTNOptions
+from llmc.algorithms.smoothquant import SmoothQuant
 from llmc.errors import ConfigError
+from llmc.models import Subset
 from llmc.quant import PerChannel, QuantSpec, Sparsity
 
 SPEC = QuantSpec(4, True, PerChannel())
@@ -151,3 +157,32 @@ def test_ignored_linears_have_no_grid(ignored, covered):
     ]
     assert without == covered
     assert ignored.asked == (ignored != Ignored())
+
+
+QKV = Subset(("self_attn.q_proj", "self_attn.k_proj"), "norm", "self_attn")
+DOWN = Subset(("mlp.down_proj",), "mlp.up_proj", "mlp.down_proj", reads="ffn")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "covered"),
+    [
+        (Awq, {}, [QKV, DOWN]),
+        (Awq, {"layers": "down_proj"}, [DOWN]),
+        (Awq, {"layers": ["mlp.down_proj"]}, [DOWN]),
+        (Awq, {"layers": ["q_proj", "k_proj"]}, [QKV]),
+        (Awq, {"layers": ["proj"]}, []),  # the last part of a name, not of a word
+        (SmoothQuant, {}, [QKV]),
+        (OsPlus, {}, [QKV]),
+        (OsPlus, {"layers": ["down_proj"]}, []),
+    ],
+)
+def test_a_transform_is_limited_to_the_linears_that_are_named(kind, options, covered):
+    algorithm = kind(kind.options_type(**options))
+    assert [subset for subset in (QKV, DOWN) if algorithm.covers(subset)] == covered
+    assert RTN(RTNOptions()).covers(QKV)
+
+
+@pytest.mark.parametrize("layers", [[], [3], 3, {"down_proj": True}])
+def test_layers_are_names(layers):
+    with pytest.raises(ValidationError, match="layers"):
+        AwqOptions(layers=layers)

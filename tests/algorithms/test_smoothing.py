@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmc.algorithms import search
 from llmc.algorithms.osplus import OsPlus, OsPlusOptions, candidates
 from llmc.algorithms.smoothquant import SmoothQuant, SmoothQuantOptions
 from llmc.models import Subset
@@ -145,11 +146,13 @@ def test_what_no_norm_feeds_is_left_alone(make_view, batches, method):
         assert view.scale is None and view.shift is None
 
 
+@pytest.mark.parametrize("how", ["full", "coarse"])
 @pytest.mark.parametrize(("bias", "shifted"), [(True, None), (True, False), (False, None)])
-def test_osplus_takes_the_best_threshold_of_all(view_of, batches, bias, shifted):
+def test_osplus_takes_the_best_threshold(view_of, batches, bias, shifted, how):
+    """Of all, or of every tenth and then of those up to the next ones."""
     module, prev = Gated(bias=bias), nn.LayerNorm(COLUMNS) if bias else nn.RMSNorm(COLUMNS)
     view = view_of(module, prev)
-    OsPlus(OsPlusOptions(shift=shifted)).subset(view)
+    OsPlus(OsPlusOptions(shift=shifted, search=how)).subset(view)
     x = torch.cat(batches)
     shift = (x.amax(0) + x.amin(0)) / 2 if bias and shifted is None else None
     assert (view.shift is None) == (shift is None)
@@ -163,11 +166,33 @@ def test_osplus_takes_the_best_threshold_of_all(view_of, batches, bias, shifted)
             max(1.0, float(hi / threshold), float(-lo / threshold)) for hi, lo in zip(x.amax(0), x.amin(0), strict=True)
         ]
         scales.append(torch.tensor(by_channel))
-    expected = best(module, batches, scales, shift)
+    chosen = range(101)
+    if how == "coarse":
+        tenths = [0, *range(10, 101, 10)]
+        middle = tenths[best(module, batches, [scales[index] for index in tenths], shift)]
+        chosen = [0, *range(max(middle - 9, 1), min(middle + 9, 100) + 1)]
+    expected = chosen[best(module, batches, [scales[index] for index in chosen], shift)]
     assert expected > 0
     torch.testing.assert_close(view.scale[0], scales[expected])
     if shift is not None:
         torch.testing.assert_close(view.shift, shift)
+
+
+@pytest.mark.parametrize("found", [0, 1, 9, 10, 11, 47, 95, 99, 100])
+def test_a_coarse_search_finds_a_minimum_wherever_it_is(monkeypatch, found):
+    """The errors here are those of a valley with its floor at ``found``, and an identity that is bad but there."""
+    asked: list[int] = []
+
+    def nearest(view, scales, *, full, shift=None):
+        indices = [int(scale) for scale in scales]
+        assert indices[0] == 0 and indices == sorted(set(indices))
+        asked.extend(indices)
+        errors = [abs(index - found) if index or not found else 1000 for index in indices]
+        return errors.index(min(errors))
+
+    monkeypatch.setattr(search, "best_scale", nearest)
+    assert search.best_in_order(None, [torch.tensor(float(index)) for index in range(101)]) == found
+    assert len(asked) <= 11 + 20
 
 
 def test_osplus_only_shrinks_what_sticks_out():

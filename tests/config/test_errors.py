@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmc.config import load_config, schema
+from llmc.config import load_config, schema, tensors
 from llmc.errors import ConfigError
 
 
@@ -332,7 +332,8 @@ def test_an_unknown_key_never_passes(data: st.DataObject, tail: str, value: obje
 
 
 def test_every_key_is_described() -> None:
-    models = [item for item in vars(schema).values() if isinstance(item, type) and issubclass(item, schema.Section)]
+    found = {**vars(schema), **vars(tensors)}.values()
+    models = [item for item in found if isinstance(item, type) and issubclass(item, schema.Section)]
     assert schema.Config in models
     for model in models:
         for key, field in model.model_fields.items():

@@ -44,6 +44,21 @@ def source_of(checkpoint: Callable[[str], Any], tmp_path_factory: pytest.TempPat
     return get
 
 
+@pytest.fixture(scope="session")
+def exact(checkpoint: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint by its name, stored in float32: rotating costs no precision that would show."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("exact") / name
+            checkpoint(name).model().save_pretrained(made[name], max_shard_size="80KB")
+            write_tokenizer(made[name])
+        return made[name]
+
+    return get
+
+
 @pytest.fixture
 def source(source_of: Callable[[str], Path]) -> Path:
     """Grouped-query Llama, untied."""

@@ -102,7 +102,15 @@ def test_the_configuration(case, refused, override, said):
     contains(refused(case(), override), *said)
 
 
-@pytest.mark.parametrize("method", ["GPTQ", "Awq"])
+def test_float16_is_too_narrow_to_learn_in(case, refused):
+    contains(refused(case(method="OmniQuant"), "model.torch_dtype=torch.float16"), "model.torch_dtype", "bfloat16")
+
+
+def test_learned_ranges_are_for_those_who_learn(case, refused):
+    contains(refused(case(method="Awq"), "quant.weight.calib_algo=learnable"), "quant.weight.calib_algo: learnable")
+
+
+@pytest.mark.parametrize("method", ["GPTQ", "Awq", "OmniQuant"])
 def test_calibration_text_is_missing_for_a_method_that_needs_it(case, refused, method):
     contains(refused(case(method=method), "calib=null"), "calib", method)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import Case, files_of, reload, write_tokenizer
+from cases import Case, files_of, reload
 from torch import Tensor
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
@@ -20,21 +19,6 @@ from llmc.stream.headers import read_headers
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3", "opt"]
 TRANS, FAKE, VLLM = "transformed_model", "fake_quant_model", "vllm_quant_model"
 EVERYWHERE = ["pretrain", "transformed", "fake_quant"]
-
-
-@pytest.fixture(scope="module")
-def exact(checkpoint: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny checkpoint by its name, stored in float32: rotating costs no precision that would show."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("exact") / name
-            checkpoint(name).model().save_pretrained(made[name], max_shard_size="80KB")
-            write_tokenizer(made[name])
-        return made[name]
-
-    return get
 
 
 @torch.no_grad()
@@ -131,8 +115,8 @@ def test_a_killed_run_over_a_tied_model_ends_with_the_same_bytes(case, source_of
         ("opt-post-norm", [], ["can't be rotated", "norms stand behind each addition", "method without a rotation"]),
         (
             "llama",
-            ["quant.special={Quarot: {online_rotate: true}}"],
-            ["quant.special.Quarot.online_rotate", "isn't available", "R1 and R2"],
+            ["quant.special={Quarot: {online_blocks: true}}"],
+            ["quant.special.Quarot", "online_blocks has no use without online_rotate"],
         ),
         ("llama", ["quant.method=[Awq, Quarot]"], ["Quarot must come first", "['Quarot', 'Awq', 'RTN']"]),
         ("llama", ["quant.special={Quarot: {rotate_mode: hadamrd}}"], ["rotate_mode", "hadamard", "random"]),

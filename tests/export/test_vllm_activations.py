@@ -63,7 +63,7 @@ def record(spec: QuantSpec, act: ActSpec | None, rows: int = 200, columns: int =
 def test_what_is_written_reads_back_and_decompresses_to_the_evaluated_weight(name, tmp_path):
     spec, act = LOADABLE[name]
     unit, fmt = record(spec, act), exporter(spec, act)
-    assert fmt.check([Layer("fc", 200, 256, spec, ("fc",), act)]) == []
+    assert fmt.check([Layer("fc", 200, 256, spec, ("fc",), act=act)]) == []
     stored = fmt.tensors(unit)
     back = fmt.read(stored)
     weight, found = unit.quantized["fc"], back.quantized["fc"]
@@ -74,7 +74,7 @@ def test_what_is_written_reads_back_and_decompresses_to_the_evaluated_weight(nam
     assert torch.equal(fmt.independent(stored, "fc"), weight.dequantize())
     save_file(stored, tmp_path / "shard.safetensors")
     check_shard(tmp_path / "shard.safetensors", fmt, unit)
-    planned = fmt.nbytes(Layer("fc", 200, 256, spec, ("fc",), act))
+    planned = fmt.nbytes(Layer("fc", 200, 256, spec, ("fc",), act=act))
     assert planned == sum(tensor.nbytes for key, tensor in stored.items() if key.startswith("fc."))
 
 
@@ -109,7 +109,7 @@ def test_static_scales_follow_from_the_calibrated_range(name, scale, zero):
 @pytest.mark.parametrize("name", LOADABLE)
 def test_the_config_says_what_is_stored(name):
     spec, act = LOADABLE[name]
-    config = exporter(spec, act).config({"model_type": "llama"}, [Layer("fc", 200, 256, spec, ("fc",), act)])
+    config = exporter(spec, act).config({"model_type": "llama"}, [Layer("fc", 200, 256, spec, ("fc",), act=act)])
     loaded = QuantizationConfig.model_validate(config["quantization_config"])
     scheme = loaded.config_groups["group_0"]
     assert loaded.format == scheme.format == ("int-quantized" if spec.grid == "int" else "float-quantized")
@@ -128,9 +128,9 @@ def test_the_config_says_what_is_stored(name):
 def test_blocks_that_would_straddle_two_fused_linears_are_refused():
     spec, act = LOADABLE["fp8 blocks"]
     with pytest.raises(ExportError, match="divide its 192 rows") as error:
-        exporter(spec, act).check([Layer(name, 192, 256, spec, ("q", "k"), act) for name in ("q", "k")])
+        exporter(spec, act).check([Layer(name, 192, 256, spec, ("q", "k"), act=act) for name in ("q", "k")])
     assert "per_channel" in error.value.remedy
-    assert exporter(spec, act).check([Layer(name, 256, 256, spec, ("q", "k"), act) for name in ("q", "k")]) == []
+    assert exporter(spec, act).check([Layer(name, 256, 256, spec, ("q", "k"), act=act) for name in ("q", "k")]) == []
 
 
 def test_the_fake_quantized_folder_says_that_activations_are_not_in_it():

@@ -52,7 +52,7 @@ def test_an_order_without_a_field_is_refused():
         paley(92)
 
 
-@pytest.mark.parametrize("order", [1, 2, 8, 12, 40, 144, 336, 576, 1536])
+@pytest.mark.parametrize("order", [1, 2, 8, 12, 40, 128, 144, 256, 336, 576, 1024, 1536])
 def test_the_fast_product_is_the_dense_one(order):
     rows = torch.randn(3, 2, order, dtype=torch.float64, generator=torch.Generator().manual_seed(order))
     found = hadamard(order)

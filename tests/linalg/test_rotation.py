@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmc.linalg import make_rotation
+from llmc.linalg import OnlineRotation, hadamard, make_rotation
 
 SIZES = [1, 2, 16, 36, 92, 7]  # the last two have no constructed Hadamard matrix
 
@@ -64,3 +64,26 @@ def test_it_computes_in_the_dtype_of_the_rows():
     exact = rotation(rows.double())
     assert rotation(rows).dtype == torch.float32
     torch.testing.assert_close(rotation(rows).double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 40, 1536])
+def test_an_online_rotation_is_the_dense_hadamard_matrix(size):
+    rotation = OnlineRotation(hadamard(size))
+    dense = hadamard(size).matrix().double() / size**0.5
+    torch.testing.assert_close(matrix_of(rotation, size), dense, rtol=0, atol=1e-14)
+    torch.testing.assert_close(dense @ dense.T, torch.eye(size).double(), rtol=0, atol=1e-12)
+
+
+def test_an_online_rotation_of_fewer_channels_turns_each_run_of_them_by_itself():
+    rows = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dense = torch.block_diag(*[hadamard(8).matrix().double() / 8**0.5] * 3)
+    torch.testing.assert_close(OnlineRotation(hadamard(8))(rows), rows @ dense, rtol=0, atol=1e-14)
+
+
+def test_an_online_rotation_computes_16_bits_in_float32_if_asked():
+    rows = torch.randn(5, 3, 1536, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = OnlineRotation(hadamard(1536))(rows.double())
+    single, half = (OnlineRotation(hadamard(1536), single=single)(rows) for single in (True, False))
+    assert single.dtype == half.dtype == torch.bfloat16
+    assert torch.equal(single, exact.float().bfloat16()) or (single.double() - exact).abs().max() < 2**-8 * 4
+    assert (half.double() - exact).norm() > 1.2 * (single.double() - exact).norm()

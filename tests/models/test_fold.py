@@ -8,7 +8,7 @@ from exact import CONFIGS, change, model_of
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmc.models import Heads, ScaleRule, Subset, find_adapter, fold_scale, fold_shift, heads_of, scale_rule
+from llmc.models import Heads, ScaleRule, Subset, find_adapter, fold_scale, fold_shift, heads_of, scale_rule, smoothed
 
 
 def block_of(model: PreTrainedModel) -> nn.Module:
@@ -176,3 +176,38 @@ def test_a_shift_needs_biases():
     block = block_of(model_of(CONFIGS["llama"]))
     with pytest.raises(TypeError, match="biases"):
         fold_shift(block.input_layernorm, [block.self_attn.q_proj], torch.ones(32), torch.float32)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smoothed_weights_are_folded_ones_and_gradients_reach_the_scale(name):
+    """All folds of a block together, shifts included where there are biases."""
+    model, folded = model_of(CONFIGS[name]), model_of(CONFIGS[name])
+    before, block = output_of(model), block_of(model)
+    weights = {key: parameter.data.clone() for key, parameter in block.named_parameters()}
+    changed, leaves, shifts = dict(weights), [], 0
+    generator = torch.Generator().manual_seed(0)
+    for subset in foldable(model.config):
+        prev, linears = block.get_submodule(subset.prev), [block.get_submodule(n) for n in subset.linears]
+        columns = linears[0].weight.shape[1]
+        rule = scale_rule(subset, prev, columns, heads_of(model.config), allow_gqa=True)
+        divisor = torch.exp2(torch.rand(prev.weight.shape[0], generator=generator, dtype=torch.float64) * 6 - 3)
+        biased = all(getattr(module, "bias", None) is not None for module in (prev, *linears))
+        shift = torch.randn(columns, generator=generator, dtype=torch.float64)
+        shift = shift if biased and rule.repeat == 1 and subset.reads != "ffn" else None
+        leaves.append(divisor.requires_grad_())
+        changed |= smoothed(changed, subset.prev, subset.linears, divisor, rule, shift)
+        other = block_of(folded)
+        targets = other.get_submodule(subset.prev), [other.get_submodule(n) for n in subset.linears]
+        if shift is not None:
+            shifts += 1
+            fold_shift(*targets, shift, torch.float64)
+        fold_scale(*targets, rule.to_inputs(divisor.detach()), rule, torch.float64)
+    for key, parameter in block_of(folded).named_parameters():
+        torch.testing.assert_close(changed[key].detach(), parameter.data, rtol=1e-12, atol=1e-12)
+    for key, parameter in block.named_parameters():
+        assert torch.equal(parameter.data, weights[key]), "nothing is changed in place"
+        parameter.data = changed[key].detach()
+    assert change(before, output_of(model)) < 1e-10
+    assert shifts == {"opt": 3, "opt-post-norm": 1}.get(name, 0)
+    gradients = torch.autograd.grad(sum(one.square().sum() for one in changed.values()), leaves)
+    assert all(gradient.abs().min() > 0 for gradient in gradients)

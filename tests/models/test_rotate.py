@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmc.errors import ModelError
-from llmc.linalg import make_rotation
+from llmc.linalg import OnlineRotation, hadamard, make_rotation
 from llmc.models import (
     ADAPTERS,
     find_adapter,
+    fold_scale,
     heads_of,
     residual_of,
     rotate_block,
     rotate_embedding,
     rotate_head,
+    scale_rule,
 )
 
 
@@ -43,7 +45,9 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def rotate(model: PreTrainedModel, seed: int = 0, *, random: bool = False) -> None:
+def rotate(
+    model: PreTrainedModel, seed: int = 0, *, random: bool = False, online: OnlineRotation | None = None
+) -> None:
     """What a run does to a model, with all of it in memory."""
     config = model.config
     adapter = find_adapter("auto", config.model_type)
@@ -61,7 +65,7 @@ def rotate(model: PreTrainedModel, seed: int = 0, *, random: bool = False) -> No
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
     for index, block in enumerate(model.get_submodule(adapter.blocks)):
         values = make_rotation(heads.dim, seed + 1 + index, random=random)
-        rotate_block(block, adapter.subsets(config), heads, rotation, values)
+        rotate_block(block, adapter.subsets(config), heads, rotation, values, online)
 
 
 @pytest.mark.parametrize("random", [False, True])
@@ -77,6 +81,43 @@ def test_a_rotated_model_computes_what_it_did(name, random):
     # Queries and keys keep their outputs, so theirs are the only biases and norms of RMSNorm models that stay.
     expected = ("q_proj.bias", "k_proj.bias", "gate_proj.bias", "up_proj.bias", "q_norm.weight", "k_norm.weight")
     assert all(name.endswith(expected) for name in untouched), untouched
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("space", ["residual", "heads", "ffn"])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_rotated_model_can_still_be_scaled_channel_by_channel(name, space):
+    """A norm's weight acts behind the normalization, on the rotated channels that its readers read, and no longer on
+    the residual itself; the value heads' rotation is one of rows that a scale may follow."""
+    model = model_of(EVERY[name])
+    config, heads = model.config, heads_of(model.config)
+    adapter = find_adapter("auto", config.model_type)
+    before = logits(model)
+    rotate(model)
+    for block in model.get_submodule(adapter.blocks):
+        for seed, subset in enumerate(subset for subset in adapter.subsets(config) if subset.reads == space):
+            prev, linears = block.get_submodule(subset.prev), [block.get_submodule(n) for n in subset.linears]
+            columns = linears[0].in_features
+            rule = scale_rule(subset, prev, columns, heads, allow_gqa=True)
+            scale = torch.rand(columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+            kept = linears[0].weight.clone()
+            fold_scale(prev, linears, rule.tie(scale), rule, torch.float64)
+            assert change(kept, linears[0].weight) > 0.1
+    assert change(before, logits(model)) < 1e-10
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_last_feed_forward_linear_undoes_what_rotates_its_input(name):
+    """The rotation that runs with the model is that of a dense matrix, multiplied by a hook of the test's own."""
+    model, size = model_of(EVERY[name]), 40
+    before = logits(model)
+    rotate(model, online=OnlineRotation(hadamard(size)))
+    assert change(before, logits(model)) > 1e-2
+    dense = hadamard(size).matrix().double() / size**0.5
+    for path, module in model.named_modules():
+        if path.endswith(("down_proj", "fc2")):
+            module.register_forward_pre_hook(lambda _, args: (args[0] @ dense,))
+    assert change(before, logits(model)) < 1e-10
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llmc.errors import ModelError
+from llmc.linalg import OnlineRotation, hadamard
 from llmc.quant import Fp8Grid, IntGrid, KvCache, KvRanges, KvSpec, PerGroup, PerTensor, PerToken
 from llmc.stream import attention
-from llmc.stream.attention import CachedAttention, attending, cache_ranges, check_attention
+from llmc.stream.attention import CachedAttention, attending, attending_to_cache, cache_ranges, check_attention
 
 BATCH, HEADS, KV_HEADS, TOKENS, DIM = 2, 4, 2, 43, 16
 RANGES = KvRanges((-3.0, 2.5), (-1.5, 2.0))
@@ -105,6 +106,50 @@ def test_coarse_codes_show_in_what_a_long_window_attends_to(window):
     assert change[9:].min() > 1e-3
 
 
+TURN = OnlineRotation(hadamard(DIM))
+DENSE = hadamard(DIM).matrix().double() / DIM**0.5
+
+
+@pytest.mark.parametrize("decode", [False, True], ids=["window", "decode"])
+@pytest.mark.parametrize("spec", [None, *SPECS], ids=lambda spec: spec.describe() if spec else "full")
+def test_a_cache_may_hold_rotated_keys(window, spec, decode):
+    query, key, value = window
+    function = CachedAttention(None if spec is None else spec.scheme(RANGES), decode=decode, rotation=TURN)
+    found, _ = function(Module(), query, key, value, None, scaling=DIM**-0.5)
+    assert (found - token_by_token(query @ DENSE, key @ DENSE, value, spec)).abs().max() < 1e-12
+    if spec is None:
+        assert (found - token_by_token(query, key, value, None)).abs().max() < 1e-12
+
+
+def test_rotated_keys_suffer_less_from_a_channel_that_stands_out(window):
+    query, key, value = window
+    key = key.clone()
+    key[..., 3] *= 20
+    spec = KvSpec("Naive", IntGrid(4, False), PerToken())
+    exact = token_by_token(query, key, value, None)
+    plain, turned = (
+        (CachedAttention(spec.scheme(None), decode=False, rotation=r)(Module(), query, key, value, None)[0] - exact)
+        for r in (None, TURN)
+    )
+    assert turned.norm() < 0.7 * plain.norm()
+
+
+def test_where_keys_are_not_quantized_nothing_is_rotated(llama, tokens):
+    def never(rows: Tensor) -> Tensor:
+        raise AssertionError("rotated")
+
+    model = llama.model()
+    static = KvSpec("Naive", Fp8Grid(torch.float8_e4m3fn), PerTensor(), static=True)
+    for kv, decode in ((None, False), (None, True), (static, False)):
+        with attending_to_cache(model, kv, None, decode=decode, rotation=never):
+            model(input_ids=tokens(1, 4), use_cache=False)
+    with (
+        pytest.raises(AssertionError, match="rotated"),
+        attending_to_cache(model, KIVI, None, decode=False, rotation=never),
+    ):
+        model(input_ids=tokens(1, 4), use_cache=False)
+
+
 # --- registered with Transformers ------------------------------------------------------------------------------------
 
 
@@ -187,6 +232,11 @@ def test_ranges_are_those_of_rotated_keys_and_of_values(llama, tokens):
     keys, values = (torch.cat([state.flatten() for state in states]) for states in zip(*seen, strict=True))
     found = cache_ranges(model, Forwards([lambda ids=ids: model(input_ids=ids, use_cache=False) for ids in batches]))
     assert found == KvRanges((keys.min().item(), keys.max().item()), (values.min().item(), values.max().item()))
+    forwards = Forwards([lambda ids=ids: model(input_ids=ids, use_cache=False) for ids in batches])
+    turned = keys.reshape(-1, DIM) @ DENSE.float()
+    rotated = cache_ranges(model, forwards, TURN)
+    assert rotated.value == found.value
+    assert rotated.key == pytest.approx((turned.min().item(), turned.max().item()), rel=1e-5)
 
 
 def test_ranges_of_what_has_no_attention(llama):

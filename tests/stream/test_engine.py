@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmc.algorithms import Frame, Ignored, Recipe, make_recipe
+from llmc.algorithms.gptq import GPTQOptions
 from llmc.errors import CheckpointError, RunError
 from llmc.eval.perplexity import mean_losses, perplexity
 from llmc.export import read_config
@@ -72,6 +73,7 @@ class Pass:
     calib: list[Tensor]
     evaluation: list[Tensor]
     method: str = "RTN"  # or several, joined by +
+    options: dict[str, Any] = field(default_factory=dict)
     quant_out: bool | None = None
     forward: str = "auto"
     checkpoint_every: int = 2
@@ -84,11 +86,14 @@ class Pass:
     kv: KvSpec | None = None
     decoded: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
     witness: Witness = field(default_factory=Witness)
 
     def recipe(self) -> Recipe:
         methods, quant_out = self.method.split("+"), self.quant_out
-        return make_recipe(methods, {}, self.spec, self.ignored, quant_out=quant_out, act=self.act, kv=self.kv)
+        return make_recipe(
+            methods, self.options, self.spec, self.ignored, quant_out=quant_out, act=self.act, kv=self.kv
+        )
 
     def sinks(self) -> list[Sink]:
         made = []
@@ -109,7 +114,7 @@ class Pass:
         config, subsets, heads = self.tiny.config, self.tiny.subsets, heads_of(self.tiny.config)
         frame = None
         if recipe.at_load:
-            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0)
+            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0, ffn=128)
         try:
             return Engine(
                 skeleton=skeleton,
@@ -269,6 +274,19 @@ def test_whichever_streams_calibrate_a_killed_and_replayed_run_writes_the_same_b
     for fatal in (1, 2):
         with pytest.raises(Killed):
             killed.run(fatal)
+    killed.run()
+    assert killed.shards() == calm.shards()
+
+
+def test_what_is_not_quantized_is_rounded_before_anything_runs_a_rotated_block(llama, passes):
+    """Here the original's stream is propagated behind the quantizer's own rounding, in a resumed run before it."""
+    options = {"GPTQ": GPTQOptions(true_sequential=False)}
+    ignored = Ignored(layers=frozenset({"v_proj"}))
+    make = partial(passes, llama, method="Quarot+GPTQ", quant_out=False, options=options, ignored=ignored)
+    calm, killed = make(), make(checkpoint_every=3)
+    calm.run()
+    with pytest.raises(Killed):
+        killed.run(1)
     killed.run()
     assert killed.shards() == calm.shards()
 
