@@ -18,6 +18,7 @@ from .affine import store
 
 _SCALES = (1e-4, 1e4)
 _FARTHEST = 1e4
+_REACH = 0.99 * _FARTHEST  # leaves room for a scale that is rounded down to its stored dtype
 
 
 def cluster_qparams(
@@ -28,10 +29,15 @@ def cluster_qparams(
     ``s = (hi - lo) 2^-b`` within 1e-4 and 1e4, ``z = round(-(lo + hi) / 2s)`` within +-1e4. The range isn't made to
     include 0: a channel far from it keeps its resolution, and the zero point needs 16 bits. Steps are ``2^b``, not
     ``2^b - 1``, so that the upper end is rounded down by one step.
+
+    The published code clamps zero points that would lie beyond 1e4, which moves the whole range to about ``1e4 s``: a
+    cluster of one weight above 1 comes out as 1. Here the scale grows instead, until the zero point reaches.
     """
     lo, hi = lo.float(), hi.float()
-    scale = store(((hi - lo) * 2.0**-bits).clamp(*_SCALES), scale_dtype)
-    return scale, (-(lo + hi) / (2 * scale)).clamp(-_FARTHEST, _FARTHEST).round()
+    middle = (lo + hi) / 2
+    reaching = torch.maximum(((hi - lo) * 2.0**-bits).clamp(*_SCALES), middle.abs() / _REACH)
+    scale = store(reaching, scale_dtype)
+    return scale, (-middle / scale).clamp(-_FARTHEST, _FARTHEST).round()
 
 
 def cluster_extremes(lo: Tensor, hi: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

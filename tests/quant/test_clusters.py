@@ -59,11 +59,23 @@ def test_reordered_clusters_are_groups_of_channels_without_reordering_to_the_las
 
 
 def test_ranges_are_rounded_as_published():
-    lo, hi = torch.tensor([-1.0, 0.0, 4.0, 2.0, -0.3]), torch.tensor([3.0, 8.0, 5.0, 2.0, -0.3])
+    lo, hi = torch.tensor([-1.0, 0.0, 4.0, 0.9, -0.3]), torch.tensor([3.0, 8.0, 5.0, 0.9, -0.3])
     scale, zero = cluster_qparams(lo, hi, 4)
     expected = torch.tensor([0.25, 0.5, 0.0625, 1e-4, 1e-4])
     assert torch.equal(scale, expected)
-    assert zero.tolist() == [-4, -8, -72, -10000, 3000]  # 2 / 1e-4 is clamped
+    assert zero.tolist() == [-4, -8, -72, -9000, 3000]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("value", [0.98, 1.5, -6.0, 3000.0])
+def test_a_range_of_one_value_keeps_it_however_far_from_0(value, bits, dtype):
+    """The published scale, 1e-4, with a zero point of at most 10000, would make 1 of all values above it."""
+    scale, zero = cluster_qparams(torch.tensor([value]), torch.tensor([value]), bits, dtype)
+    last = 2 ** (bits - 1)
+    code = (torch.round(value / scale) + zero).clamp(-last, last - 1)
+    assert float((code - zero) * scale) == pytest.approx(value, rel=1e-4)
+    assert zero.abs() <= 10000
 
 
 def test_a_stored_scale_decides_the_zero_point():
