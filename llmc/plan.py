@@ -13,7 +13,7 @@ from .algorithms import LayerPattern, Online, Recipe
 from .config.suggest import did_you_mean
 from .errors import ConfigError, ModelError
 from .export import Exporter, Layer
-from .models import Subset
+from .models import Subset, heads_of
 from .quant import PerGroup, QuantSpec
 from .stream.headers import TensorEntry
 from .stream.skeleton import HEAD, Skeleton, block_unit
@@ -59,6 +59,7 @@ def make_layers(
     """
     stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
     prefix = next(name for name, module in skeleton.model.named_modules() if module is skeleton.blocks)
+    heads = heads_of(skeleton.model.config.get_text_config())
     layers, touched = [], False
     for index in range(len(skeleton.blocks)):
         for subset in subsets:
@@ -73,6 +74,7 @@ def make_layers(
                 place = (index, name, f"{prefix}.{index}.{name}")
                 touched |= recipe.ignored.covers(*place)
                 scheme, sparsity = recipe.scheme_of(*place), recipe.sparsity_of(*place)
+                scheme = recipe.bound_scheme(scheme, subset, heads)
                 rotation = None if online is None else online.of_input(subset)
                 rotated = None if rotation is None else rotation.basis.order
                 biased = f"{full}.bias" in entries
@@ -169,8 +171,7 @@ def bits_per_weight(layers: list[Layer]) -> float | None:
 def layer_bits(layer: Layer, spec: QuantSpec) -> float:
     """Bits of a layer's codes, scales and zero points."""
     groups = math.prod(spec.scale_shape(layer.rows, layer.columns))
-    zero = 0 if spec.symmetric else spec.bits
-    return layer.rows * layer.columns * spec.bits + groups * (8 * spec.scale_dtype.itemsize + zero)
+    return layer.rows * layer.columns * spec.bits + groups * (8 * spec.scale_dtype.itemsize + spec.zero_bits)
 
 
 def make_estimate(

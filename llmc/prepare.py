@@ -16,7 +16,7 @@ from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer
-from .models import ModelAdapter, find_adapter, heads_of, residual_of
+from .models import ModelAdapter, check_reorderable, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
@@ -118,6 +118,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     _check_learning(recipe, compute)
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
+    if recipe.clusters:
+        check_reorderable(subsets)
+        _check_clustered(config, recipe, skeleton)
     _check_dropping(recipe, len(skeleton.blocks))
     frame = _frame(recipe, adapter, skeleton)
     online = recipe.online(frame)
@@ -200,6 +203,30 @@ def _check_learning(recipe: Recipe, compute: torch.dtype) -> None:
             f"model.torch_dtype: {learning[0]} learns by gradients, for which float16 is too narrow",
             "set model.torch_dtype to torch.bfloat16 or torch.float32",
         )
+
+
+def _check_clustered(config: Config, recipe: Recipe, skeleton: Skeleton) -> None:
+    """Refuse evaluations that a method of clusters doesn't take part in, and a model whose attention it can't round.
+
+    Raises:
+        ConfigError: names the evaluation.
+        ModelError: says why.
+    """
+    if recipe.clustered is None:
+        return
+    check_attention(skeleton.model)
+    method = recipe.steps[-1].algorithm.name
+    for one in config.eval:
+        if one.eval_pos and one.type == "decode_ppl":
+            raise ConfigError(
+                f"eval type 'decode_ppl': {method} rounds the attention of whole windows",
+                "use type ppl: its ranges are static, so that decoding token by token gives the same",
+            )
+        if "fake_quant_wo_kv" in one.eval_pos:
+            raise ConfigError(
+                f"eval.eval_pos: fake_quant_wo_kv: {method} quantizes the KV cache with everything else",
+                "use fake_quant; without quant.act only weights are quantized",
+            )
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:

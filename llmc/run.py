@@ -139,6 +139,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             peak_host=peak_host_memory(),
             peak_device=torch.cuda.max_memory_allocated(prepared.device) if prepared.device.type == "cuda" else 0,
         )
+        act = prepared.recipe.act or prepared.recipe.clustered
         metrics = make_metrics(
             config=prepared.loaded.resolved,
             versions=versions(),
@@ -152,7 +153,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             },
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
             sparsity=None if prepared.recipe.sparsity is None else asdict(prepared.recipe.sparsity),
-            activations=None if prepared.recipe.act is None else prepared.recipe.act.to_dict(),
+            activations=None if act is None else act.to_dict(),
             mixed=_mixed(prepared),
             kv_scheme=_kv_scheme(prepared),
             bits=bits_per_weight(layers),
@@ -190,7 +191,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers")
+    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "scikit-learn")
     return {"llmc": __version__, **{name: version(name) for name in packages}}
 
 

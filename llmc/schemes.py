@@ -19,6 +19,7 @@ from .quant import (
     Observer,
     PerBlock,
     PerChannel,
+    PerCluster,
     PerGroup,
     PerTensor,
     PerToken,
@@ -64,7 +65,8 @@ def act_spec(act: ActConfig) -> ActSpec:
         grid = QuantSpec.floating(_GRIDS[act.bit], _granularity(act), scale_dtype)
     else:
         grid = QuantSpec(act.bit, act.symmetric, _granularity(act))
-    return ActSpec(grid, _observer(act) if act.static or grid.is_nvfp4 else None)
+    observed = (act.static and act.granularity != "per_cluster") or grid.is_nvfp4
+    return ActSpec(grid, _observer(act) if observed else None)
 
 
 def _granularity(tensor: TensorConfig) -> Granularity:
@@ -73,7 +75,12 @@ def _granularity(tensor: TensorConfig) -> Granularity:
         return PerGroup(int(tensor.group_size or 0))
     if isinstance(tensor, WeightConfig) and shared == "per_block":
         return PerBlock(int(tensor.block_size or 0))
-    kinds: dict[str, Granularity] = {"per_tensor": PerTensor(), "per_channel": PerChannel(), "per_token": PerToken()}
+    kinds: dict[str, Granularity] = {
+        "per_tensor": PerTensor(),
+        "per_channel": PerChannel(),
+        "per_token": PerToken(),
+        "per_cluster": PerCluster(),
+    }
     return kinds[shared]
 
 
@@ -108,11 +115,12 @@ def unavailable(quant: QuantConfig) -> list[str]:
 def _unavailable_pair(section: str, weight: WeightConfig | None, act: ActConfig | None, *, learned: bool) -> list[str]:
     missing = []
     if weight is not None:
-        missing += _unavailable(f"{section}.weight", weight, ("per_tensor", "per_channel", "per_group", "per_block"))
+        granularities = ("per_tensor", "per_channel", "per_group", "per_block", "per_cluster")
+        missing += _unavailable(f"{section}.weight", weight, granularities)
         if weight.calib_algo not in ("minmax", "mse") and not (learned and weight.calib_algo == "learnable"):
             missing.append(f"{section}.weight.calib_algo: {weight.calib_algo}")
     if act is not None:
-        missing += _unavailable(f"{section}.act", act, ("per_tensor", "per_token", "per_group"))
+        missing += _unavailable(f"{section}.act", act, ("per_tensor", "per_token", "per_group", "per_cluster"))
         further = {"quant_attn": act.quant_attn, "quant_softmax": act.quant_softmax, "quant_act_fn": act.quant_act_fn}
         missing += [f"{section}.act.{key}" for key, asked in further.items() if asked]
     return missing

@@ -211,11 +211,14 @@ def make_exporters(
         raise ExportError(
             f"quant.mix_bits: {uniform[0]} stores one scheme for all layers", f"write {able}, or remove mix_bits"
         )
-    return [kind(recipe.spec, stored, compute, recipe.act, recipe.kv, mixed) for kind in exporters]
+    act = recipe.act or recipe.clustered
+    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed) for kind in exporters]
 
 
 def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:
-    """Schemes of the quantized Linears that have another one than most, by the checkpoint's names."""
+    """Schemes of the quantized Linears that a rule gives another one than most have, by the checkpoint's names."""
+    if not recipe.rules:
+        return {}
     found = {layer.name: layer.scheme for layer in layers if layer.spec is not None}
     return {name: scheme for name, scheme in found.items() if scheme != recipe.scheme}
 

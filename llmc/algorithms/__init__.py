@@ -2,6 +2,7 @@
 
 from .base import (
     Algorithm,
+    AttentionRanges,
     BlockCalls,
     BlockView,
     ClipRatios,
@@ -27,6 +28,7 @@ __all__ = [
     "ALGORITHMS",
     "SHORTGPT",
     "Algorithm",
+    "AttentionRanges",
     "BlockCalls",
     "BlockInfluence",
     "BlockView",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..linalg import OnlineRotation
 from ..models import Heads, Residual, ScaleRule, Space, Subset, scale_rule
-from ..quant import Accumulator, ActSpec, QuantSpec, QWeight, Sparsity
-from .stats import AbsMax, AbsMean, ChannelRange, Gram, SumSquares
+from ..quant import Accumulator, ActSpec, ClusterGrid, QuantSpec, QWeight, Sparsity
+from .stats import AbsMax, AbsMean, ChannelRange, Gram, SequenceRange, SumSquares
 
 
 class Options(BaseModel):
@@ -72,6 +72,7 @@ class Statistics:
     abs_max: AbsMax | None = None
     channel_range: ChannelRange | None = None
     sum_squares: SumSquares | None = None
+    sequence_range: SequenceRange | None = None
     ranges: Accumulator | None = None
 
     def update(self, inputs: Tensor) -> None:
@@ -85,8 +86,18 @@ class Statistics:
         """Number of tokens seen."""
         return max((statistic.tokens for statistic in self._of_channels() if statistic is not None), default=0)
 
-    def _of_channels(self) -> tuple[Gram | AbsMean | AbsMax | ChannelRange | SumSquares | None, ...]:
-        return self.gram, self.abs_mean, self.abs_max, self.channel_range, self.sum_squares
+    def _of_channels(self) -> tuple[Gram | AbsMean | AbsMax | ChannelRange | SumSquares | SequenceRange | None, ...]:
+        return self.gram, self.abs_mean, self.abs_max, self.channel_range, self.sum_squares, self.sequence_range
+
+
+@dataclass(frozen=True)
+class AttentionRanges:
+    """What attention sees of a block, heads side by side: queries, scaled and behind a rotary embedding,
+    ``[sequences, query heads * dim]``; keys and values ``[sequences, kv heads * dim]``."""
+
+    query: SequenceRange = field(default_factory=SequenceRange)
+    key: SequenceRange = field(default_factory=SequenceRange)
+    value: SequenceRange = field(default_factory=SequenceRange)
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,9 @@ class SubsetView:
         notes: what the report says, by Linear.
         act: how the shared input is quantized, or None.
         unrounded: quantized Linears that read it as it comes, though others don't.
+        clustered: how tensors inside the block are quantized by clusters of channels, or None.
+        attention: ranges in the block's attention, where tensors inside it are quantized by clusters.
+        clusters: results of a method that clusters channels: ``input``, and of attention ``query``, ``key``, ``value``.
         scale: the input scale that was chosen for folding into ``prev``.
         shift: the input shift that was chosen for folding.
     """
@@ -175,6 +189,9 @@ class SubsetView:
     notes: dict[str, LayerNote] = field(default_factory=dict)
     act: ActSpec | None = None
     unrounded: frozenset[str] = frozenset()
+    clustered: ActSpec | None = None
+    attention: AttentionRanges | None = None
+    clusters: dict[str, ClusterGrid] = field(default_factory=dict)
     scale: tuple[Tensor, ScaleRule] | None = None
     shift: Tensor | None = None
 
@@ -364,6 +381,13 @@ class Algorithm:
     learns: ClassVar[bool] = False
     """Whether ``tune`` is to be called for each block before ``subset``. Only quantizers may."""
 
+    clusters: ClassVar[bool] = False
+    """Whether it makes clusters of channels, which reorder the block: all ``view.clusters`` of every subset."""
+
+    def cluster_count(self, subset: Subset, heads: Heads) -> int:
+        """At most how many clusters the input of a subset has."""
+        raise NotImplementedError
+
     def needs(self, *, quant_out: bool | None) -> Needs:
         """What to ask of the engine, given ``quant_out`` (of a pruner: ``sparsity_out``); None: its own habit."""
         raise NotImplementedError
@@ -426,6 +450,7 @@ def new_statistics(
         abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
         sum_squares=SumSquares(columns, device) if "sum_squares" in wanted else None,
         ranges=None if act is None or act.observer is None else act.observer.accumulator(act.grid),
+        sequence_range=SequenceRange() if "sequence_range" in wanted else None,
         abs_max=AbsMax(columns, device) if "abs_max" in wanted else None,
         channel_range=ChannelRange(columns, device) if "channel_range" in wanted else None,
     )

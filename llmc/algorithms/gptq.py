@@ -180,6 +180,7 @@ def solve(
     options: GPTQOptions,
     fixed: tuple[Tensor, Tensor] | None,
     pruned: Tensor | None = None,
+    groups: Tensor | None = None,
 ) -> Solution | None:
     """Quantize ``weight`` ``[out, in]`` (float32) against the Gram matrix ``[in, in]`` of its inputs.
 
@@ -191,6 +192,8 @@ def solve(
         fixed: scale and zero point ``[out, groups]`` decided beforehand (static groups); None: each group's range is
             taken from the weights as they are, *all* updates included, when the loop reaches the group.
         pruned: ``[out, in]``, weights that are and stay 0: what the updates bring them goes on to the columns behind.
+        groups: ``[in]`` int64, with ``fixed``: the group of each column where groups aren't runs of consecutive
+            columns. They are then visited one after the other, each in the order of its columns.
 
     Returns:
         The solution in the original column order, or None if the Hessian can't be factored.
@@ -198,7 +201,7 @@ def solve(
     columns = weight.shape[1]
     size = columns if isinstance(spec.granularity, PerTensor) else spec.group_size(columns)
     # 1. Damp and factor in the visiting order.
-    order = _column_order(gram.diagonal(), options, size)
+    order = _column_order(gram.diagonal(), options, size) if groups is None else groups.argsort(stable=True)
     factor = input_factor(gram, options.percdamp, order)
     if factor is None:
         return None
@@ -214,7 +217,7 @@ def solve(
         scales, zeros = (work.new_empty(columns // size, rows) for _ in range(2))
     else:
         block = options.blocksize
-        group_of = (order // size).tolist()
+        group_of = (order // size if groups is None else groups[order]).tolist()
         scales, zeros = (part.T.contiguous() for part in fixed)
     # 3. Round a column, spread its error over the columns behind it.
     held = None if pruned is None else pruned.T[order].contiguous()

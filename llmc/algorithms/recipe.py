@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 
 from ..errors import ConfigError
-from ..quant import ActSpec, KvSpec, QuantSpec, Scheme, Sparsity
+from ..models import Heads, Subset
+from ..quant import ActSpec, KvSpec, PerCluster, QuantSpec, Scheme, Sparsity
 from .base import Algorithm, Frame, Needs, Online
+from .clustering import check_clusters
 from .layers import Ignored, Rule, first_scheme
 from .registry import ALGORITHMS
 from .rtn import RTN, RTNOptions
@@ -42,6 +44,7 @@ class Recipe:
         kv: how the KV cache of the compressed model is quantized; None if it isn't.
         rules: other schemes for some Linears; the first that means a Linear counts.
         drop_blocks: how many blocks of the least influence are left out.
+        clustered: how tensors inside the blocks are quantized by a method that clusters channels; None: they aren't.
     """
 
     steps: tuple[Step, ...]
@@ -53,6 +56,7 @@ class Recipe:
     kv: KvSpec | None = None
     rules: tuple[Rule, ...] = ()
     drop_blocks: int = 0
+    clustered: ActSpec | None = None
 
     @property
     def changes(self) -> bool:
@@ -64,6 +68,14 @@ class Recipe:
         if self.ignored.covers(block, name, full_name):
             return Scheme()
         return first_scheme(self.rules, block, name) or self.scheme
+
+    def bound_scheme(self, scheme: Scheme, subset: Subset, heads: Heads) -> Scheme:
+        """A Linear's scheme with what a method of clusters gives it: their number in its subset's input, and the grid
+        of tensors inside the block. Others' schemes stay as they are."""
+        if scheme.weight is None or not self.clusters:
+            return scheme
+        count = self.steps[-1].algorithm.cluster_count(subset, heads)
+        return Scheme(replace(scheme.weight, granularity=PerCluster(count)), self.clustered)
 
     def spec_of(self, block: int, name: str, full_name: str) -> QuantSpec | None:
         """The grid of a Linear, or None."""
@@ -106,6 +118,11 @@ class Recipe:
     def in_block(self) -> tuple[Step, ...]:
         """The steps after those."""
         return tuple(step for step in self.steps if not step.at_load)
+
+    @property
+    def clusters(self) -> bool:
+        """Whether the quantizer makes clusters of channels, which reorder blocks."""
+        return bool(self.steps) and self.steps[-1].algorithm.clusters
 
     @property
     def needs_data(self) -> bool:
@@ -163,8 +180,8 @@ def make_recipe(
 
     Raises:
         ConfigError: two pruners or weight quantizers, a method behind one that must come later, a method named twice, a
-            pruner without a sparsity, a scheme that a method can't do, or no grid for the weights, unless there is one
-            for the KV cache and no method minds.
+            pruner without a sparsity, clusters that something doesn't go with, a scheme that a method can't do, or no
+            grid for the weights, unless there is one for the KV cache and no method minds.
     """
     known = {algorithm.name: algorithm for algorithm in ALGORITHMS}
     if len(set(methods)) < len(methods):
@@ -174,6 +191,7 @@ def make_recipe(
         kind = known[name]
         chosen.append(kind(options.get(name) or kind.options_type()))  # type: ignore[call-arg]
     _check_order(chosen)
+    check_clusters(chosen, spec, act, kv, rules)
     kinds = [algorithm.kind for algorithm in chosen]
     schemes = [Scheme(spec, act if spec else None), *(rule.scheme for rule in rules)]
     rounding = any(scheme.weight is not None for scheme in schemes)
@@ -197,7 +215,8 @@ def make_recipe(
         needs[-1] = range_needs(quant_out)
     steps = tuple(map(Step, chosen, needs))
     _check_loading(steps)
-    return Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv, tuple(rules))
+    recipe = Recipe(steps, spec, ignored, seed, sparsity if "pruner" in kinds else None, act, kv, tuple(rules))
+    return replace(recipe, act=None, clustered=act) if recipe.clusters else recipe
 
 
 def _or_rtn(needing: Sequence[str]) -> str:

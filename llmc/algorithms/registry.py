@@ -9,6 +9,7 @@ from .magnitude import Magnitude
 from .omniquant import OmniQuant
 from .osplus import OsPlus
 from .quarot import Quarot
+from .rptq import RPTQ
 from .rtn import RTN
 from .shortgpt import NAME as SHORTGPT
 from .shortgpt import ShortGPTOptions
@@ -23,6 +24,7 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
     SmoothQuant,
     OsPlus,
     Quarot,
+    RPTQ,
     Magnitude,
     Wanda,
     SparseGPT,

@@ -95,6 +95,32 @@ class ChannelRange:
         self.tokens += len(tokens)
 
 
+class SequenceRange:
+    """Smallest and largest value of each input channel in each sequence: what a moving average is taken of."""
+
+    def __init__(self) -> None:
+        self._lo: list[Tensor] = []
+        self._hi: list[Tensor] = []
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add ``[sequences, tokens, in]``, or ``[tokens, in]`` of one sequence."""
+        sequences = inputs if inputs.dim() == 3 else inputs[None]
+        self._lo.append(sequences.amin(1).float().cpu())
+        self._hi.append(sequences.amax(1).float().cpu())
+        self.tokens += sequences.shape[0] * sequences.shape[1]
+
+    @property
+    def lo(self) -> Tensor:
+        """``[sequences, in]`` float32, on the CPU."""
+        return torch.cat(self._lo)
+
+    @property
+    def hi(self) -> Tensor:
+        """``[sequences, in]`` float32, on the CPU."""
+        return torch.cat(self._hi)
+
+
 class AbsMax:
     """Largest magnitude of each input channel, ``max`` ``[in]`` in float32."""
 

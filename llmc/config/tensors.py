@@ -109,7 +109,13 @@ class StreamConfig(TensorConfig):
     @model_validator(mode="after")
     def _stream_rules(self) -> Self:
         refuse_if(self.bit == legacy.FOUR_IN_EIGHT, "bit", "48 is not in 2..16 (it is a form of weights)")
-        refuse_if(self.static and self.granularity != "per_tensor", "granularity", "static: True needs per_tensor")
+        whole, clustered = self.granularity == "per_tensor", self.granularity == "per_cluster"
+        refuse_if(self.static and not (whole or clustered), "granularity", "static: True needs per_tensor")
+        refuse_if(
+            clustered and not self.static, "static", "must be True: ranges of clusters come from calibration text"
+        )
+        further = clustered and self.calib_algo in ("static_hist", "static_moving_minmax")
+        refuse_if(further, "calib_algo", f"{self.calib_algo} has no use with per_cluster; see special.metric of RPTQ")
         lost = self.calib_algo.startswith("static") and not self.static
         refuse_if(lost, "calib_algo", f"{self.calib_algo} needs static: True beside it")
         return self

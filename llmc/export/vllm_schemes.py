@@ -8,7 +8,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from ..errors import ExportError
-from ..quant import ActSpec, PerBlock, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from ..quant import ActSpec, PerBlock, PerChannel, PerCluster, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 PACKED, INTEGER, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 
@@ -24,6 +24,10 @@ def format_of(spec: QuantSpec, act: ActSpec | None) -> str:
     Raises:
         ExportError: vLLM has no kernel for it; the remedy names the nearest scheme that it has.
     """
+    if isinstance(spec.granularity, PerCluster):
+        raise ExportError(
+            "vLLM has no scales per cluster of channels (save_vllm)", "write save_fake, which Transformers loads"
+        )
     if act is None:
         return _weight_only(spec)
     if spec.grid == "int" and act.grid.grid == "int":

@@ -2,6 +2,7 @@
 
 from .columns import ColumnRule, replace_columns
 from .hadamard import Hadamard, hadamard
+from .kmeans import kmeans
 from .rotation import OnlineRotation, Rotation, make_rotation
 from .solve import InverseFactor, input_factor, inverse_cholesky
 
@@ -14,6 +15,7 @@ __all__ = [
     "hadamard",
     "input_factor",
     "inverse_cholesky",
+    "kmeans",
     "make_rotation",
     "replace_columns",
 ]

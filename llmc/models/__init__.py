@@ -3,6 +3,7 @@
 from .adapter import Heads, ModelAdapter, Residual, Space, Subset, heads_of
 from .fold import ScaleRule, fold_scale, fold_shift, scale_rule, smoothed
 from .registry import ADAPTERS, find_adapter
+from .reorder import Moves, Orders, check_reorderable, gather_norms, over_query_heads, plan_moves, reorder_block
 from .rotate import residual_of, rotate_block, rotate_embedding, rotate_head
 from .selection import BlockSelection
 
@@ -11,14 +12,21 @@ __all__ = [
     "BlockSelection",
     "Heads",
     "ModelAdapter",
+    "Moves",
+    "Orders",
     "Residual",
     "ScaleRule",
     "Space",
     "Subset",
+    "check_reorderable",
     "find_adapter",
     "fold_scale",
     "fold_shift",
+    "gather_norms",
     "heads_of",
+    "over_query_heads",
+    "plan_moves",
+    "reorder_block",
     "residual_of",
     "rotate_block",
     "rotate_embedding",

@@ -22,6 +22,9 @@ class Subset:
         reads: the space of the shared input. ``heads`` is the attention's output, grouped by query head; a subset that
             reads it has the value projection as ``prev``.
         writes: the space of the outputs; None if nobody declared it.
+        orderable: of the subset that makes queries, keys and values, in this order: whether a head's channels of
+            queries and keys may change places. A rotary embedding, which turns channel ``i`` with ``i + dim / 2`` by an
+            angle of their own, forbids it.
     """
 
     linears: tuple[str, ...]
@@ -29,6 +32,12 @@ class Subset:
     inspect: str
     reads: Space = "residual"
     writes: Space | None = None
+    orderable: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return "+".join(self.linears)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ def subsets(config: PretrainedConfig) -> tuple[Subset, ...]:
     before = bool(getattr(config, "do_layer_norm_before", True))
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return (
-        Subset(qkv, "self_attn_layer_norm" if before else None, "self_attn", writes="heads"),
+        Subset(qkv, "self_attn_layer_norm" if before else None, "self_attn", writes="heads", orderable=True),
         Subset(("self_attn.out_proj",), "self_attn.v_proj", "self_attn.out_proj", reads="heads", writes="residual"),
         Subset(("fc1",), "final_layer_norm" if before else None, "fc1", writes="ffn"),
         Subset(("fc2",), "fc1", "fc2", reads="ffn", writes="residual"),

@@ -2,6 +2,7 @@
 
 from .activations import ActSpec, InputRange, fake_quantize_inputs, static_qparams
 from .affine import fake_quantize_weight, group_qparams, quantize, quantize_weight
+from .clusters import ClusterGrid, ClusterQuantizer, cluster_extremes, cluster_qparams
 from .floats import bind_global_scale
 from .groups import from_groups, over_rows, to_groups
 from .kv import CacheScheme, Fp8Grid, IntGrid, KvCache, KvRanges, KvSpec, cache_qparams
@@ -18,6 +19,7 @@ from .spec import (
     Mse,
     PerBlock,
     PerChannel,
+    PerCluster,
     PerGroup,
     PerTensor,
     PerToken,
@@ -31,6 +33,8 @@ __all__ = [
     "Accumulator",
     "ActSpec",
     "CacheScheme",
+    "ClusterGrid",
+    "ClusterQuantizer",
     "Fp8Grid",
     "Granularity",
     "Grid",
@@ -47,6 +51,7 @@ __all__ = [
     "Observer",
     "PerBlock",
     "PerChannel",
+    "PerCluster",
     "PerGroup",
     "PerTensor",
     "PerToken",
@@ -61,6 +66,8 @@ __all__ = [
     "bind_global_scale",
     "cache_qparams",
     "clipped_weight",
+    "cluster_extremes",
+    "cluster_qparams",
     "fake_quantize_inputs",
     "fake_quantize_weight",
     "from_groups",

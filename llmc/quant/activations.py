@@ -16,7 +16,7 @@ from torch import Tensor
 from .affine import fake_quantize, fake_quantize_weight, qparams
 from .floats import global_scale_of
 from .observers import Observer
-from .spec import PerGroup, PerTensor, PerToken, QuantSpec
+from .spec import PerCluster, PerGroup, PerTensor, PerToken, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class ActSpec:
     """How the inputs of Linears are quantized.
 
     Attributes:
-        grid: the grid of ``[tokens, in]``: per token, per group or per tensor.
+        grid: the grid of ``[tokens, in]``: per token, per group or per tensor; per cluster it is that of tensors
+            inside a block, whose static ranges a method finds that clusters channels.
         observer: how a static range is found; None: scales are dynamic. NVFP4 has dynamic group scales over a static
             global scale, so it has an observer.
 
@@ -44,8 +45,8 @@ class ActSpec:
     observer: Observer | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.grid.granularity, PerToken | PerGroup | PerTensor):
-            raise ValueError("activations share scales per token, group or tensor")
+        if not isinstance(self.grid.granularity, PerToken | PerGroup | PerTensor | PerCluster):
+            raise ValueError("activations share scales per token, group, tensor or cluster")
         whole = isinstance(self.grid.granularity, PerTensor)  # may be either
         if not whole and self.grid.is_nvfp4 != (self.observer is not None):
             raise ValueError("static ranges are those of a tensor, or NVFP4's global scale")

@@ -20,10 +20,10 @@ class QWeight:
             grid's values in an FP8 dtype.
         scale: ``[out, groups]`` in ``spec.scale_dtype`` (per tensor: ``[1, 1]``; blocks: one each). NVFP4 divides it by
             ``spec.global_scale``.
-        zero: int8, shaped like ``scale``; None on symmetric grids.
+        zero: in ``spec.zero_dtype`` (int8; int16 of clusters), shaped like ``scale``; None on symmetric grids.
         spec: the grid.
         group_index: int32 ``[in]``, the group of each column where groups aren't runs of consecutive columns
-            (act-order without static groups); None otherwise.
+            (act-order without static groups, clusters); None otherwise.
     """
 
     codes: Tensor
@@ -42,7 +42,7 @@ class QWeight:
         return cls(
             codes=codes.to(spec.code_dtype),
             scale=stored.to(spec.scale_dtype),
-            zero=None if spec.symmetric else zero.to(torch.int8),
+            zero=None if spec.symmetric else zero.to(spec.zero_dtype),
             spec=spec,
             group_index=group_index,
         )
@@ -70,6 +70,22 @@ class QWeight:
         if zero is not None:
             values -= zero[..., None]
         return from_groups(values.mul_(scale[..., None]), self.codes.shape, self.spec)
+
+    def reordered(self, rows: Tensor | None, columns: Tensor | None) -> QWeight:
+        """The same with output channels and input channels in another order, int64 ``[out]`` and ``[in]``; None keeps.
+
+        Raises:
+            ValueError: columns change places, and no index says which group a column belongs to.
+        """
+        codes, scale, zero, index = self.codes, self.scale, self.zero, self.group_index
+        if rows is not None:
+            codes, scale = codes[rows], scale[rows]
+            zero = None if zero is None else zero[rows]
+        if columns is not None:
+            if index is None:
+                raise ValueError("groups of consecutive columns can't be reordered")
+            codes, index = codes[:, columns], index[columns]
+        return QWeight(codes, scale, zero, self.spec, index)
 
     def to(self, device: torch.device | str) -> QWeight:
         """The same on another device."""

@@ -43,7 +43,17 @@ class PerToken:
     """One scale for each row of activations ``[tokens, in]``."""
 
 
-Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken
+@dataclass(frozen=True)
+class PerCluster:
+    """One scale for each cluster of channels with similar ranges (of a weight: for each row and cluster of its inputs).
+
+    ``count`` is the number of clusters of one Linear's input; None where no Linear is meant yet.
+    """
+
+    count: int | None = None
+
+
+Granularity = PerTensor | PerChannel | PerGroup | PerBlock | PerToken | PerCluster
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,18 @@ class QuantSpec:
         """The dtype in which ``code * scale`` is kept: the scale's, or float32 where that has 8 bits."""
         return torch.float32 if self.is_mx or self.is_nvfp4 else self.scale_dtype
 
+    @property
+    def zero_dtype(self) -> torch.dtype:
+        """What zero points are kept in. Those of clusters may lie far outside of the codes."""
+        return torch.int16 if isinstance(self.granularity, PerCluster) else torch.int8
+
+    @property
+    def zero_bits(self) -> int:
+        """Bits of a zero point; 0 where there is none."""
+        if self.symmetric:
+            return 0
+        return 16 if isinstance(self.granularity, PerCluster) else self.bits
+
     def group_size(self, columns: int) -> int:
         """Columns that share a scale in a row of ``columns`` inputs."""
         return self.granularity.size if isinstance(self.granularity, PerGroup | PerBlock) else columns
@@ -160,6 +182,10 @@ class QuantSpec:
         """Shape of the scales of ``[rows, columns]``."""
         if isinstance(self.granularity, PerTensor):
             return 1, 1
+        if isinstance(self.granularity, PerCluster):
+            if self.granularity.count is None:
+                raise ValueError("the number of clusters isn't known yet")
+            return rows, min(self.granularity.count, columns)
         size = self.group_size(columns)
         return (-(-rows // size) if isinstance(self.granularity, PerBlock) else rows), -(-columns // size)
 
@@ -168,7 +194,9 @@ class QuantSpec:
         name = f"{letter}{self.bits}"
         if self.is_mx or self.is_nvfp4:
             return f"{name} nvfp4" if self.is_nvfp4 else f"{name} mxfp{self.bits}"
-        shared = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token"}.get(type(self.granularity))
+        shared = {PerTensor: "tensor", PerChannel: "channel", PerToken: "token", PerCluster: "cluster"}.get(
+            type(self.granularity)
+        )
         if isinstance(self.granularity, PerBlock):
             shared = f"block{self.granularity.size}"
         group = shared or f"g{self.group_size(0)}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ..algorithms import (
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import (
     ActSpec,
+    ClusterGrid,
     InputRange,
     KvRanges,
     KvSpec,
@@ -36,6 +37,7 @@ from ..quant import (
     bind_global_scale,
     cache_qparams,
 )
+from .clustered import ClusteredBlock
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
 from .stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
@@ -70,8 +72,10 @@ class BlockWork:
         notes: what the report says, by name in the block.
         scales: largest and smallest folded input scale of each subset.
         inputs: what rounds the Linears' inputs.
+        clustered: what rounds tensors inside the block by clusters of channels; None where the recipe doesn't.
         ranges: of the block's keys and values, for a static KV cache.
         tuning: what the report says of learning the block, if it was learned.
+        clusters: grids of tensors inside the block, as ``ClusteredBlock.switch_on`` wants them.
     """
 
     context: WorkContext
@@ -86,18 +90,21 @@ class BlockWork:
     scales: dict[str, list[float]] = field(default_factory=dict)
     ranges: KvRanges | None = None
     tuning: TuneNote | None = None
+    clusters: dict[str, ClusterGrid] = field(default_factory=dict)
     _pending: list[Tensor] | None = None
     _behind: bool = False
     inputs: BlockInputs = field(init=False)
+    clustered: ClusteredBlock | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        recipe = self.context.recipe
         readers: dict[str, tuple[ActSpec, list[nn.Linear]]] = {}
-        for subset in self.context.subsets if self.context.recipe.steps else ():
+        for subset in self.context.subsets if recipe.steps else ():
             schemes = self._schemes_of(subset)
             act = _act_of(schemes)
             if act is not None:
                 rounding = [self._linear(name) for name, scheme in schemes.items() if scheme.act is not None]
-                readers[_key(subset)] = act, rounding
+                readers[subset.key] = act, rounding
         rotated = [
             (self._linear(name), rotation)
             for subset in self.context.subsets
@@ -105,6 +112,9 @@ class BlockWork:
             for name in subset.linears
         ]
         self.inputs = BlockInputs(readers, rotated)
+        if recipe.clusters:
+            parts = (self.block, self.context.subsets, self.context.heads, self.context.device)
+            self.clustered = ClusteredBlock(*parts, attends=recipe.clustered is not None)
 
     def load(self) -> None:
         """Let the transforms change the block that need no data.
@@ -167,6 +177,7 @@ class BlockWork:
             self._behind = step.needs.data and step.needs.sequential and step.needs.compressed_stream
             keep = self._behind if run is compressed else self._pending is None and original is not None
             self._phase(step, run if step.needs.data else None, keep=keep)
+            self._reorder()
         self._flush(original)
         return self._behind
 
@@ -194,7 +205,7 @@ class BlockWork:
                 self._accept(view)
             if step.algorithm.kind == "quantizer":
                 found = None if statistics.ranges is None else InputRange(*statistics.ranges.range())
-                self.inputs.switch_on(_key(view.subset), found)
+                self.inputs.switch_on(view.subset.key, found)
             view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
             views.append(view)
             trim_heap()
@@ -205,7 +216,10 @@ class BlockWork:
         else:
             searching = step.algorithm.kind == "transform"
             stages = [self._stage(subset, step, searching=searching) for subset in subsets]
-            with run.attention():
+            with ExitStack() as stack:
+                if self.clustered is not None and step.algorithm.clusters:
+                    stack.enter_context(self.clustered.watching())
+                stack.enter_context(run.attention())
                 self._runner(step, searching)(run, stages, solve, keep=keep)
         for view in views:
             self._fold(view)
@@ -279,6 +293,8 @@ class BlockWork:
             pruned=self.pruned,
             act=_act_of(schemes),
             unrounded=frozenset(name for name in specs if schemes[name].act is None),
+            clustered=self.context.recipe.clustered,
+            attention=None if self.clustered is None else self.clustered.watched,
         )
 
     def _schemes_of(self, subset: Subset) -> dict[str, Scheme]:
@@ -300,12 +316,47 @@ class BlockWork:
             final = name not in view.specs
             stored = self.stored[f"{self.prefix}.{name}.weight"][1] if final else linear.weight.dtype
             linear.weight.data = pruned.to(stored).to(linear.weight.dtype)
+        for name, grid in view.clusters.items():
+            self.clusters[view.subset.key if name == "input" else name] = grid
         for name, weight in view.quantized.items():
             self.quantized[name] = weight
             linear = self._linear(name)
             linear.weight.data = weight.dequantize(linear.weight.dtype)
             if name in self.pruned and linear.weight.data[self.pruned[name]].any():
                 raise ValueError(f"{self.prefix}.{name}: the quantizer has revived pruned weights")
+
+    def _reorder(self) -> None:
+        """Reorder the block by its clusters, and what was delivered for it, as far as a checkpoint can express it."""
+        if self.clustered is None:
+            return
+        self.clustered.switch_on(self.clusters, reorder=True)
+        moves, gathered = self.clustered.moves, self.clustered.gathered
+        for name, weight in self.quantized.items():
+            columns = None if name in gathered else moves.columns[name]
+            self.quantized[name] = weight.reordered(moves.rows.get(name), columns)
+
+    def restore_clusters(self, grids: Mapping[str, Mapping[str, Any]] | None) -> None:
+        """Round by the grids that ``plain_clusters`` returned in an earlier run; weights are loaded behind it."""
+        if self.clustered is not None and grids is not None:
+            self.clustered.switch_on(
+                {name: ClusterGrid.from_plain(grid) for name, grid in grids.items()}, reorder=False
+            )
+
+    @property
+    def plain_clusters(self) -> dict[str, dict[str, Any]] | None:
+        """The clusters' grids as plain values, for the journal; None where there are none."""
+        return {name: asdict(grid) for name, grid in self.clusters.items()} or None
+
+    def remove_hooks(self) -> None:
+        """Leave the block as a module without any."""
+        self.inputs.remove()
+        if self.clustered is not None:
+            self.clustered.remove()
+
+    def _gathered(self, parameter: str) -> Tensor | None:
+        """The order in memory of the columns of a weight, by its parameter's name, if the checkpoint has another."""
+        found = {} if self.clustered is None else self.clustered.gathered
+        return next((order for name, order in found.items() if parameter == f"{self.prefix}.{name}.weight"), None)
 
     def _fold(self, view: SubsetView) -> None:
         if view.scale is None or view.prev is None:
@@ -315,7 +366,7 @@ class BlockWork:
         if view.shift is not None:
             fold_shift(view.prev, linears, view.shift, self.stored[f"{prev}.bias"][1])
         fold_scale(view.prev, linears, scale, rule, self.stored[f"{prev}.weight"][1])
-        self.scales[_key(view.subset)] = [float(scale.min()), float(scale.max())]
+        self.scales[view.subset.key] = [float(scale.min()), float(scale.max())]
 
     def _store_plain(self) -> None:
         """Round what won't be quantized to its stored dtype, so that the model goes on with what is written."""
@@ -341,7 +392,9 @@ class BlockWork:
         for name, parameter in self._parameters():
             if name not in codes:
                 stored_name, dtype = self.stored[name]
-                plain[stored_name] = parameter.data.to(dtype).cpu()
+                order = self._gathered(name)
+                data = parameter.data if order is None else parameter.data[:, order.argsort()]
+                plain[stored_name] = data.to(dtype).cpu()
         named = {self._stored_module(name): weight.to("cpu") for name, weight in codes.items()}
         if not quantized:
             return UnitRecord(plain=plain)
@@ -355,10 +408,10 @@ class BlockWork:
         """Calibrated ranges by the checkpoint's names of the Linears."""
         found = self.inputs.found
         return {
-            self._stored_module(f"{self.prefix}.{name}.weight"): found[_key(subset)]
+            self._stored_module(f"{self.prefix}.{name}.weight"): found[subset.key]
             for subset in self.context.subsets
             for name in subset.linears
-            if _key(subset) in found and self._scheme_of(name).act is not None
+            if subset.key in found and self._scheme_of(name).act is not None
         }
 
     def _cache_scales(self) -> dict[str, Tensor]:
@@ -377,7 +430,8 @@ class BlockWork:
         for name, parameter in self._parameters():
             stored_name = self.stored[name][0]
             tensor = dense[stored_name] if stored_name in dense else record.plain[stored_name]
-            parameter.data.copy_(tensor)
+            order = self._gathered(name)
+            parameter.data.copy_(tensor if order is None else tensor[:, order])
 
     @contextmanager
     def holding(self, record: UnitRecord) -> Iterator[None]:
@@ -391,11 +445,6 @@ class BlockWork:
         finally:
             for parameter, data in kept:
                 parameter.data = data
-
-
-def _key(subset: Subset) -> str:
-    """A subset's name in the journal."""
-    return "+".join(subset.linears)
 
 
 def _act_of(schemes: Mapping[str, Scheme]) -> ActSpec | None:

@@ -18,9 +18,10 @@ from ..errors import RunError
 from ..models import Heads, Subset
 from ..quant import KvRanges, UnitRecord
 from .activations import ActivationStore
-from .attention import attending_to_cache, cache_ranges
+from .attention import attending, attending_to_cache, cache_ranges
 from .blockwork import BlockWork, WorkContext
 from .calls import token_losses
+from .clustered import ClusteredBlock
 from .edges import Edges
 from .entrance import Entrance
 from .journal import Journal
@@ -85,6 +86,7 @@ class Engine:
         self._batches = {"calib": calib, "eval": evaluation, "decode": decoding}
         self._measured = evaluation.positions | decoding.positions
         self._ranges: KvRanges | None = None
+        self._clustered: ClusteredBlock | None = None
         self._sinks, self._transformed = sinks, transformed
         self._store, self._journal, self._device = store, journal, device
         self._options, self._listener = options, listener
@@ -187,7 +189,7 @@ class Engine:
         del raw
         give_back_memory()
         block = self._skeleton.blocks[index]
-        self._ranges = None
+        self._ranges = self._clustered = None
         self._evaluate(index, "pretrain")
         row = None
         if index not in self._dropped:
@@ -208,6 +210,7 @@ class Engine:
         """Bring the compressed model behind a block; returns the block's row."""
         unit = block_unit(index)
         work = BlockWork(self._work, index, block, self._prefix(index), stored)
+        self._clustered = work.clustered
         self._timed("calibrate", work.load)
         row = self._journal.unit(unit)
         if row is None:
@@ -216,7 +219,8 @@ class Engine:
             self._journal.append(row)
         else:
             self._replay(index, unit, work, row)
-        work.inputs.remove()
+        work.remove_hooks()
+        self._clustered = None
         return row
 
     def _compress(self, index: int, unit: str, work: BlockWork) -> dict[str, Any]:
@@ -248,6 +252,7 @@ class Engine:
             "layers": {name: _note(note) for name, note in work.notes.items()},
             "scales": work.scales,
             "inputs": work.inputs.ranges,
+            "clusters": work.plain_clusters,
             "cache_ranges": None if work.ranges is None else asdict(work.ranges),
             "tuning": None if work.tuning is None else asdict(work.tuning),
             "error": self._relative_error(),
@@ -264,6 +269,7 @@ class Engine:
             work.set_weights(self._transformed.read(unit, row["outputs"][self._transformed.format.name]))
             self._evaluate(index, "transformed")
         if self._sinks:
+            work.restore_clusters(row["clusters"])
             work.set_weights(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
             work.inputs.restore(row["inputs"])
         if compressed is not None:
@@ -277,8 +283,12 @@ class Engine:
         return self._entrance.run(index, stream, batches, partial(self._attention, stream))
 
     def _attention(self, stream: str) -> AbstractContextManager[None]:
-        """The compressed model attends over its quantized KV cache, also where it's calibrated."""
+        """The compressed model attends over its quantized KV cache, also where it's calibrated, or with what a method
+        of clusters rounds; that one watches the attention of whatever stream calibrates it."""
         kind, _, state = stream.partition(".")
+        clustered = self._clustered
+        if clustered is not None and clustered.on:
+            return attending(self._skeleton.model, clustered.attend)
         kv = self._recipe.kv if state in ("compressed", "fake_quant") else None
         keys = self._online.keys
         return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode", rotation=keys)

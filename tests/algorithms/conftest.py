@@ -13,7 +13,7 @@ from llmc.models import Heads, Subset
 from llmc.quant import PerGroup, QuantSpec
 
 Round = Callable[..., Tensor]
-STATISTICS = {"gram", "abs_mean", "abs_max", "channel_range", "sum_squares"}
+STATISTICS = {"gram", "abs_mean", "abs_max", "channel_range", "sequence_range", "sum_squares"}
 
 
 @pytest.fixture(autouse=True)
