@@ -1,28 +1,13 @@
 """Methods: each a short file over statistics and a view of one subset."""
 
-from .base import (
-    Algorithm,
-    AttentionRanges,
-    BlockCalls,
-    BlockView,
-    ClipRatios,
-    Frame,
-    InspectCalls,
-    LayerNote,
-    Needs,
-    Online,
-    Options,
-    Statistics,
-    SubsetView,
-    TuneNote,
-    is_named,
-    new_statistics,
-)
+from .base import Algorithm, Frame, Needs, Online, Options, is_named
 from .layers import Ignored, LayerPattern, Rule
 from .recipe import Recipe, Step, make_recipe
 from .registry import ALGORITHMS, options_types
 from .shortgpt import NAME as SHORTGPT
 from .shortgpt import BlockInfluence, least_influential
+from .stats import AttentionRanges, Statistics, new_statistics
+from .views import BlockCalls, BlockView, ClipRatios, InspectCalls, LayerNote, SubsetView, TuneNote
 
 __all__ = [
     "ALGORITHMS",

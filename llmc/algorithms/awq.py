@@ -24,8 +24,9 @@ from ..quant import (
     to_groups,
 )
 from ..quant.affine import fake_quantize, find_ranges, qparams
-from .base import Algorithm, ClipRatios, Layers, Needs, Options, SubsetView
+from .base import Algorithm, Layers, Needs, Options
 from .search import best_scale
+from .views import ClipRatios, SubsetView
 
 _RATIOS = 20  # alpha = 0, 1/20, ... 19/20
 _SHRINKS = 10  # the range shrinks by 0, 5, ... 45%

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import TuneNote
+from .views import TuneNote
 
 
 @dataclass(frozen=True)

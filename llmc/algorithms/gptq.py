@@ -17,9 +17,10 @@ from torch import Tensor
 from ..linalg import input_factor, replace_columns
 from ..quant import PerBlock, PerGroup, PerTensor, QuantSpec, QWeight, over_rows, quantize_weight
 from ..quant.affine import find_ranges, qparams, quantize
-from .base import Algorithm, LayerNote, Needs, Options, SubsetView
+from .base import Algorithm, Needs, Options
 from .rtn import clipped_qparams
 from .stats import relative_error
+from .views import LayerNote, SubsetView
 
 
 class GPTQOptions(Options):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..models import ScaleRule, smoothed
 from ..quant import QuantSpec, clipped_weight
-from .base import ClipRatios, SubsetView
 from .smoothquant import smoothing
+from .views import ClipRatios, SubsetView
 
 SMALLEST_SCALE = 1e-2
 """Scales of channels aren't smaller, as in the authors' code."""

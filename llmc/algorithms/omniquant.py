@@ -14,11 +14,12 @@ from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..quant import ActSpec, MinMax, QuantSpec
-from .base import Algorithm, BlockView, Needs, Options, SubsetView, TuneNote
+from ..quant import MinMax, Scheme
+from .base import Algorithm, Needs, Options
 from .fit import Group, fit
 from .learned import SMALLEST_SCALE, Clip, Site, compressed_weights, find_site, start_clip
 from .rtn import round_subset
+from .views import BlockView, SubsetView, TuneNote
 
 
 def _by_composition(asked: bool) -> bool:
@@ -76,22 +77,23 @@ class OmniQuant(Algorithm):
         """As published, the compressed blocks' outputs go in, and the original's outputs are to come out."""
         return Needs(data=True, compressed_stream=True if quant_out is None else quant_out, targets=True)
 
-    def check(self, spec: QuantSpec | None, act: ActSpec | None) -> None:
+    def check(self, key: str, scheme: Scheme) -> None:
         """Integer weights with ranges from their extremes, and dynamic inputs."""
+        spec, act = scheme.weight, scheme.act
         if spec is not None and spec.grid != "int":
             raise ConfigError(
-                f"quant.weight.bit: OmniQuant learns the ranges of integer grids, not of {spec.describe()}",
-                "set quant.weight.bit to 2 ... 8, or quant.method to GPTQ or Awq",
+                f"{key}.weight.bit: OmniQuant learns the ranges of integer grids, not of {spec.describe()}",
+                f"set {key}.weight.bit to 2 ... 8, or quant.method to GPTQ or Awq",
             )
         if spec is not None and not isinstance(spec.ranges, MinMax):
             raise ConfigError(
-                "quant.weight.calib_algo: OmniQuant learns the ranges itself, there is nothing to search",
-                "set quant.weight.calib_algo to learnable, or leave it out",
+                f"{key}.weight.calib_algo: OmniQuant learns the ranges itself, there is nothing to search",
+                f"set {key}.weight.calib_algo to learnable, or leave it out",
             )
         if act is not None and act.observer is not None:
             raise ConfigError(
-                "quant.act.static: OmniQuant changes the inputs while it learns, their ranges aren't known before",
-                "set quant.act.static to False, or quant.method to OsPlus or SmoothQuant",
+                f"{key}.act.static: OmniQuant changes the inputs while it learns, their ranges aren't known before",
+                f"set {key}.act.static to False, or quant.method to OsPlus or SmoothQuant",
             )
 
     def tune(self, view: BlockView) -> TuneNote:

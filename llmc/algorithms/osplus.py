@@ -15,8 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Algorithm, Layers, Needs, Options, SubsetView
+from .base import Algorithm, Layers, Needs, Options
 from .search import best_in_order, best_scale
+from .views import SubsetView
 
 _THRESHOLDS = 100
 _STEP = 0.5  # largest distance between two of them, where they are evenly spaced

@@ -204,7 +204,9 @@ def make_recipe(
             f"add quant.weight.bit and its granularity{_or_rtn(needing) if kv is not None else ''}",
         )
     for algorithm in chosen:
-        algorithm.check(spec, act)
+        algorithm.check("quant", schemes[0])
+        for rule in rules:
+            algorithm.check(rule.key, rule.scheme)
     if sparsity is None and "pruner" in kinds:
         pruner = chosen[kinds.index("pruner")].name
         raise ConfigError(f"{pruner} prunes, but nothing says how much", "add sparse.weight.sparsity")

@@ -19,9 +19,10 @@ from torch import Tensor
 from ..linalg import kmeans
 from ..models import Heads, Subset
 from ..quant import ClusterGrid, PerCluster, QuantSpec, QWeight, cluster_extremes, cluster_qparams, quantize
-from .base import Algorithm, AttentionRanges, LayerNote, Needs, Options, SubsetView
+from .base import Algorithm, Needs, Options
 from .gptq import GPTQOptions, solve
-from .stats import Gram, SequenceRange, relative_error
+from .stats import AttentionRanges, Gram, SequenceRange, relative_error
+from .views import LayerNote, SubsetView
 
 _RATE = 0.01  # of the moving average
 _NORM_BITS = 8  # at least, of a norm's output

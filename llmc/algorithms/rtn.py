@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..quant import QuantSpec, quantize_weight, to_groups
 from ..quant.affine import find_ranges, qparams
-from .base import Algorithm, ClipRatios, LayerNote, Needs, Options, SubsetView
+from .base import Algorithm, Needs, Options
 from .stats import relative_error
+from .views import ClipRatios, LayerNote, SubsetView
 
 
 class RTNOptions(Options):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..quant import ActSpec, InputRange, QuantSpec, bind_global_scale, fake_quantize_inputs, fake_quantize_weight
-from .base import SubsetView
+from .views import SubsetView
 
 _ENOUGH = 512  # tokens that tell which candidates are hopeless
 _STRIDE = 10  # between two candidates of a coarse search

@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Algorithm, Layers, Needs, Options, SubsetView, is_named
+from .base import Algorithm, Layers, Needs, Options, is_named
 from .search import best_scale
+from .views import SubsetView
 
 _ALPHAS = tuple(step / 20 for step in range(2, 20))  # 0.1, 0.15, ... 0.95
 _SMALLEST = 1e-5

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..linalg import InverseFactor, input_factor, replace_columns
 from ..linalg.columns import TILE
 from ..quant import Sparsity, lowest, prune_mask
-from .base import Algorithm, LayerNote, Needs, Options, SubsetView
+from .base import Algorithm, Needs, Options
 from .stats import relative_error
+from .views import LayerNote, SubsetView
 
 
 class SparseGPTOptions(Options):

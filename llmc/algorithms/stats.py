@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
+
+from ..quant import Accumulator, ActSpec
 
 _PANEL = 256  # columns of a Gram panel: wide enough for a full-speed product, narrow enough to skip half of the square
 
@@ -141,3 +146,55 @@ def relative_error(original: Tensor, changed: Tensor, gram: Tensor | None) -> fl
     if gram is None:
         return float(delta.square().sum() / reference.square().sum().clamp(min=1e-30))
     return float(((delta @ gram) * delta).sum() / ((reference @ gram) * reference).sum().clamp(min=1e-30))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was accumulated over the calibration tokens that a subset reads; None where nobody asked."""
+
+    gram: Gram | None = None
+    abs_mean: AbsMean | None = None
+    abs_max: AbsMax | None = None
+    channel_range: ChannelRange | None = None
+    sum_squares: SumSquares | None = None
+    sequence_range: SequenceRange | None = None
+    ranges: Accumulator | None = None
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]``."""
+        for statistic in (*self._of_channels(), self.ranges):
+            if statistic is not None:
+                statistic.update(inputs)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens seen."""
+        return max((statistic.tokens for statistic in self._of_channels() if statistic is not None), default=0)
+
+    def _of_channels(self) -> tuple[Gram | AbsMean | AbsMax | ChannelRange | SumSquares | SequenceRange | None, ...]:
+        return self.gram, self.abs_mean, self.abs_max, self.channel_range, self.sum_squares, self.sequence_range
+
+
+@dataclass(frozen=True)
+class AttentionRanges:
+    """What attention sees of a block, heads side by side: queries, scaled and behind a rotary embedding,
+    ``[sequences, query heads * dim]``; keys and values ``[sequences, kv heads * dim]``."""
+
+    query: SequenceRange = field(default_factory=SequenceRange)
+    key: SequenceRange = field(default_factory=SequenceRange)
+    value: SequenceRange = field(default_factory=SequenceRange)
+
+
+def new_statistics(
+    wanted: Sequence[str] | frozenset[str], columns: int, device: torch.device, act: ActSpec | None = None
+) -> Statistics:
+    """Empty statistics of the wanted kinds, and of what ``act`` has to know of its inputs."""
+    return Statistics(
+        gram=Gram(columns, device) if "gram" in wanted else None,
+        abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
+        sum_squares=SumSquares(columns, device) if "sum_squares" in wanted else None,
+        ranges=None if act is None or act.observer is None else act.observer.accumulator(act.grid),
+        sequence_range=SequenceRange() if "sequence_range" in wanted else None,
+        abs_max=AbsMax(columns, device) if "abs_max" in wanted else None,
+        channel_range=ChannelRange(columns, device) if "channel_range" in wanted else None,
+    )

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..quant import prune_mask
-from .base import Algorithm, LayerNote, Needs, Options, SubsetView
+from .base import Algorithm, Needs, Options
 from .stats import relative_error
+from .views import LayerNote, SubsetView
 
 
 class WandaOptions(Options):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -41,6 +41,7 @@ from .clustered import ClusteredBlock
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
 from .stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
+from .stored import StoredBlock
 from .training import LearningCalls, repeatable
 
 
@@ -72,6 +73,7 @@ class BlockWork:
         notes: what the report says, by name in the block.
         scales: largest and smallest folded input scale of each subset.
         inputs: what rounds the Linears' inputs.
+        weights: the block's parameters as the checkpoint has them.
         clustered: what rounds tensors inside the block by clusters of channels; None where the recipe doesn't.
         ranges: of the block's keys and values, for a static KV cache.
         tuning: what the report says of learning the block, if it was learned.
@@ -94,9 +96,11 @@ class BlockWork:
     _pending: list[Tensor] | None = None
     _behind: bool = False
     inputs: BlockInputs = field(init=False)
+    weights: StoredBlock = field(init=False)
     clustered: ClusteredBlock | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.weights = StoredBlock(self.block, self.prefix, self.stored)
         recipe = self.context.recipe
         readers: dict[str, tuple[ActSpec, list[nn.Linear]]] = {}
         for subset in self.context.subsets if recipe.steps else ():
@@ -314,7 +318,7 @@ class BlockWork:
             linear = self._linear(name)
             # What no quantizer follows is stored like this: go on with what is written.
             final = name not in view.specs
-            stored = self.stored[f"{self.prefix}.{name}.weight"][1] if final else linear.weight.dtype
+            stored = self.weights.dtype(f"{name}.weight") if final else linear.weight.dtype
             linear.weight.data = pruned.to(stored).to(linear.weight.dtype)
         for name, grid in view.clusters.items():
             self.clusters[view.subset.key if name == "input" else name] = grid
@@ -331,6 +335,7 @@ class BlockWork:
             return
         self.clustered.switch_on(self.clusters, reorder=True)
         moves, gathered = self.clustered.moves, self.clustered.gathered
+        self.weights.gathered = gathered
         for name, weight in self.quantized.items():
             columns = None if name in gathered else moves.columns[name]
             self.quantized[name] = weight.reordered(moves.rows.get(name), columns)
@@ -341,6 +346,7 @@ class BlockWork:
             self.clustered.switch_on(
                 {name: ClusterGrid.from_plain(grid) for name, grid in grids.items()}, reorder=False
             )
+            self.weights.gathered = self.clustered.gathered
 
     @property
     def plain_clusters(self) -> dict[str, dict[str, Any]] | None:
@@ -353,62 +359,42 @@ class BlockWork:
         if self.clustered is not None:
             self.clustered.remove()
 
-    def _gathered(self, parameter: str) -> Tensor | None:
-        """The order in memory of the columns of a weight, by its parameter's name, if the checkpoint has another."""
-        found = {} if self.clustered is None else self.clustered.gathered
-        return next((order for name, order in found.items() if parameter == f"{self.prefix}.{name}.weight"), None)
-
     def _fold(self, view: SubsetView) -> None:
         if view.scale is None or view.prev is None:
             return
         scale, rule = view.scale
-        linears, prev = list(view.linears.values()), f"{self.prefix}.{view.subset.prev}"
+        linears, prev = list(view.linears.values()), view.subset.prev
         if view.shift is not None:
-            fold_shift(view.prev, linears, view.shift, self.stored[f"{prev}.bias"][1])
-        fold_scale(view.prev, linears, scale, rule, self.stored[f"{prev}.weight"][1])
+            fold_shift(view.prev, linears, view.shift, self.weights.dtype(f"{prev}.bias"))
+        fold_scale(view.prev, linears, scale, rule, self.weights.dtype(f"{prev}.weight"))
         self.scales[view.subset.key] = [float(scale.min()), float(scale.max())]
 
     def _store_plain(self) -> None:
         """Round what won't be quantized to its stored dtype, so that the model goes on with what is written."""
-        for name, parameter in self._parameters():
-            owner = name.removeprefix(f"{self.prefix}.").rpartition(".")[0]
+        for name, parameter in self.weights.parameters():
+            owner = name.rpartition(".")[0]
             if (
                 self._scheme_of(owner).weight is None
                 or not name.endswith(".weight")
                 or not isinstance(self.block.get_submodule(owner), nn.Linear)
             ):
-                parameter.data.copy_(parameter.data.to(self.stored[name][1]))
+                parameter.data.copy_(parameter.data.to(self.weights.dtype(name)))
 
     # --- results -----------------------------------------------------------------------------------------------------
 
-    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        named = ((f"{self.prefix}.{name}", parameter) for name, parameter in self.block.named_parameters())
-        return [(name, parameter) for name, parameter in named if name in self.stored]
-
     def record(self, *, quantized: bool) -> UnitRecord:
         """The block as it is to be stored: with codes, or (``quantized=False``) transformed but not rounded."""
-        codes = {f"{self.prefix}.{name}.weight": weight for name, weight in self.quantized.items()} if quantized else {}
-        plain = {}
-        for name, parameter in self._parameters():
-            if name not in codes:
-                stored_name, dtype = self.stored[name]
-                order = self._gathered(name)
-                data = parameter.data if order is None else parameter.data[:, order.argsort()]
-                plain[stored_name] = data.to(dtype).cpu()
-        named = {self._stored_module(name): weight.to("cpu") for name, weight in codes.items()}
         if not quantized:
-            return UnitRecord(plain=plain)
-        return UnitRecord(plain, named, inputs=self._input_ranges(), cache=self._cache_scales())
-
-    def _stored_module(self, weight: str) -> str:
-        """The checkpoint's name of the module that has a weight."""
-        return self.stored[weight][0].removesuffix(".weight")
+            return UnitRecord(plain=self.weights.plain())
+        codes = {self.weights.module(name): weight.to("cpu") for name, weight in self.quantized.items()}
+        plain = self.weights.plain(leave_out=self.quantized)
+        return UnitRecord(plain, codes, inputs=self._input_ranges(), cache=self._cache_scales())
 
     def _input_ranges(self) -> dict[str, InputRange]:
         """Calibrated ranges by the checkpoint's names of the Linears."""
         found = self.inputs.found
         return {
-            self._stored_module(f"{self.prefix}.{name}.weight"): found[subset.key]
+            self.weights.module(name): found[subset.key]
             for subset in self.context.subsets
             for name in subset.linears
             if subset.key in found and self._scheme_of(name).act is not None
@@ -420,31 +406,9 @@ class BlockWork:
         if kv is None or self.ranges is None:
             return {}
         linear = next(subset.linears[0] for subset in self.context.subsets if subset.reads == "heads")
-        attention = self._stored_module(f"{self.prefix}.{linear}.weight").rpartition(".")[0]
+        attention = self.weights.module(linear).rpartition(".")[0]
         limits = {"k_scale": self.ranges.key, "v_scale": self.ranges.value}
         return {f"{attention}.{name}": _scale(kv, ends) for name, ends in limits.items()}
-
-    def set_weights(self, record: UnitRecord) -> None:
-        """Give the block the weights of a record that was read back."""
-        dense = {f"{name}.weight": weight.dequantize() for name, weight in record.quantized.items()}
-        for name, parameter in self._parameters():
-            stored_name = self.stored[name][0]
-            tensor = dense[stored_name] if stored_name in dense else record.plain[stored_name]
-            order = self._gathered(name)
-            parameter.data.copy_(tensor if order is None else tensor[:, order])
-
-    @contextmanager
-    def holding(self, record: UnitRecord) -> Iterator[None]:
-        """Within the context the block has a record's weights."""
-        kept = [(parameter, parameter.data) for _, parameter in self._parameters()]
-        try:
-            for parameter, data in kept:
-                parameter.data = torch.empty_like(data)
-            self.set_weights(record)
-            yield
-        finally:
-            for parameter, data in kept:
-                parameter.data = data
 
 
 def _act_of(schemes: Mapping[str, Scheme]) -> ActSpec | None:

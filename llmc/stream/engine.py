@@ -235,7 +235,9 @@ class Engine:
             plain = work.record(quantized=False)
             if self._transformed is not None:
                 outputs[self._transformed.format.name] = self._write(self._transformed, unit, plain)
-            with work.holding(plain):  # what is evaluated is what is written, the steps go on with the exact weights
+            with work.weights.holding(
+                plain
+            ):  # what is evaluated is what is written, the steps go on with the exact weights
                 self._evaluate(index, "transformed")
             del plain
         propagated = self._timed("calibrate", lambda: work.quantize(original, compressed))
@@ -266,11 +268,11 @@ class Engine:
         if original is not None:
             propagate(original)
         if self._transformed is not None and "transformed" in self._measured:
-            work.set_weights(self._transformed.read(unit, row["outputs"][self._transformed.format.name]))
+            work.weights.set(self._transformed.read(unit, row["outputs"][self._transformed.format.name]))
             self._evaluate(index, "transformed")
         if self._sinks:
             work.restore_clusters(row["clusters"])
-            work.set_weights(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
+            work.weights.set(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
             work.inputs.restore(row["inputs"])
         if compressed is not None:
             propagate(compressed)
