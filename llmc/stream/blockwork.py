@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -27,7 +27,6 @@ from ..algorithms import (
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import (
     ActSpec,
-    ClusterGrid,
     InputRange,
     KvRanges,
     KvSpec,
@@ -77,7 +76,6 @@ class BlockWork:
         clustered: what rounds tensors inside the block by clusters of channels; None where the recipe doesn't.
         ranges: of the block's keys and values, for a static KV cache.
         tuning: what the report says of learning the block, if it was learned.
-        clusters: grids of tensors inside the block, as ``ClusteredBlock.switch_on`` wants them.
     """
 
     context: WorkContext
@@ -92,7 +90,6 @@ class BlockWork:
     scales: dict[str, list[float]] = field(default_factory=dict)
     ranges: KvRanges | None = None
     tuning: TuneNote | None = None
-    clusters: dict[str, ClusterGrid] = field(default_factory=dict)
     _pending: list[Tensor] | None = None
     _behind: bool = False
     inputs: BlockInputs = field(init=False)
@@ -181,7 +178,9 @@ class BlockWork:
             self._behind = step.needs.data and step.needs.sequential and step.needs.compressed_stream
             keep = self._behind if run is compressed else self._pending is None and original is not None
             self._phase(step, run if step.needs.data else None, keep=keep)
-            self._reorder()
+            if self.clustered is not None:
+                self.quantized = self.clustered.reorder(self.quantized)
+                self.weights.gathered = self.clustered.gathered
         self._flush(original)
         return self._behind
 
@@ -320,8 +319,8 @@ class BlockWork:
             final = name not in view.specs
             stored = self.weights.dtype(f"{name}.weight") if final else linear.weight.dtype
             linear.weight.data = pruned.to(stored).to(linear.weight.dtype)
-        for name, grid in view.clusters.items():
-            self.clusters[view.subset.key if name == "input" else name] = grid
+        if self.clustered is not None:
+            self.clustered.take(view.subset, view.clusters)
         for name, weight in view.quantized.items():
             self.quantized[name] = weight
             linear = self._linear(name)
@@ -329,29 +328,13 @@ class BlockWork:
             if name in self.pruned and linear.weight.data[self.pruned[name]].any():
                 raise ValueError(f"{self.prefix}.{name}: the quantizer has revived pruned weights")
 
-    def _reorder(self) -> None:
-        """Reorder the block by its clusters, and what was delivered for it, as far as a checkpoint can express it."""
-        if self.clustered is None:
-            return
-        self.clustered.switch_on(self.clusters, reorder=True)
-        moves, gathered = self.clustered.moves, self.clustered.gathered
-        self.weights.gathered = gathered
-        for name, weight in self.quantized.items():
-            columns = None if name in gathered else moves.columns[name]
-            self.quantized[name] = weight.reordered(moves.rows.get(name), columns)
-
-    def restore_clusters(self, grids: Mapping[str, Mapping[str, Any]] | None) -> None:
-        """Round by the grids that ``plain_clusters`` returned in an earlier run; weights are loaded behind it."""
-        if self.clustered is not None and grids is not None:
-            self.clustered.switch_on(
-                {name: ClusterGrid.from_plain(grid) for name, grid in grids.items()}, reorder=False
-            )
+    def restore(self, record: UnitRecord, row: Mapping[str, Any]) -> None:
+        """Become the block that an earlier run wrote: its record, read back, and its line in the journal."""
+        if self.clustered is not None:
+            self.clustered.restore(row["clusters"])
             self.weights.gathered = self.clustered.gathered
-
-    @property
-    def plain_clusters(self) -> dict[str, dict[str, Any]] | None:
-        """The clusters' grids as plain values, for the journal; None where there are none."""
-        return {name: asdict(grid) for name, grid in self.clusters.items()} or None
+        self.weights.set(record)
+        self.inputs.restore(row["inputs"])
 
     def remove_hooks(self) -> None:
         """Leave the block as a module without any."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AttentionInterface
 
 from ..algorithms import AttentionRanges
 from ..models import Heads, Moves, Orders, Subset, gather_norms, over_query_heads, plan_moves, reorder_block
-from ..quant import ClusterGrid, ClusterQuantizer
+from ..quant import ClusterGrid, ClusterQuantizer, QWeight
 
 _QUERIES = 512  # of a window that are attended at once
 _PROBABILITIES = 255  # steps of attention probabilities: 8 bits from 0 to 1
@@ -59,6 +60,30 @@ class ClusteredBlock:
             yield
         finally:
             self.watched = None
+
+    def take(self, subset: Subset, found: Mapping[str, ClusterGrid]) -> None:
+        """Keep what a method found for a subset: the grid of its ``input``, and those of the attention's tensors."""
+        self.grids |= {subset.key if name == "input" else name: grid for name, grid in found.items()}
+
+    def reorder(self, quantized: Mapping[str, QWeight]) -> dict[str, QWeight]:
+        """Reorder the block by all grids taken and round from now on.
+
+        Returns:
+            The block's quantized weights as far as a checkpoint can express their order.
+        """
+        self.switch_on(self.grids, reorder=True)
+        gathered, rows = self.gathered, self.moves.rows
+        columns = {name: order for name, order in self.moves.columns.items() if name not in gathered}
+        return {name: weight.reordered(rows.get(name), columns.get(name)) for name, weight in quantized.items()}
+
+    @property
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """The grids as plain values, for the journal."""
+        return {name: asdict(grid) for name, grid in self.grids.items()}
+
+    def restore(self, plain: Mapping[str, Mapping[str, Any]]) -> None:
+        """Round by the grids that ``plain`` returned in an earlier run; weights are loaded behind it."""
+        self.switch_on({name: ClusterGrid.from_plain(grid) for name, grid in plain.items()}, reorder=False)
 
     # --- rounding ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +124,7 @@ class ClusteredBlock:
     def gathered(self) -> dict[str, Tensor]:
         """By a Linear's name, the order of its columns in memory where the checkpoint has the norm's own: a checkpoint
         can't say that a norm writes in another order."""
-        readers = [subset for subset in self._subsets if subset.reads == "residual"] if self.grids else []
+        readers = [subset for subset in self._subsets if subset.reads == "residual"] if self.moves.columns else []
         return {name: self.moves.columns[name] for subset in readers for name in subset.linears}
 
     @property

@@ -254,7 +254,7 @@ class Engine:
             "layers": {name: _note(note) for name, note in work.notes.items()},
             "scales": work.scales,
             "inputs": work.inputs.ranges,
-            "clusters": work.plain_clusters,
+            "clusters": None if work.clustered is None else work.clustered.plain,
             "cache_ranges": None if work.ranges is None else asdict(work.ranges),
             "tuning": None if work.tuning is None else asdict(work.tuning),
             "error": self._relative_error(),
@@ -271,9 +271,7 @@ class Engine:
             work.weights.set(self._transformed.read(unit, row["outputs"][self._transformed.format.name]))
             self._evaluate(index, "transformed")
         if self._sinks:
-            work.restore_clusters(row["clusters"])
-            work.weights.set(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]))
-            work.inputs.restore(row["inputs"])
+            work.restore(self._sinks[0].read(unit, row["outputs"][self._sinks[0].format.name]), row)
         if compressed is not None:
             propagate(compressed)
         self._evaluate(index, *_COMPRESSED)
