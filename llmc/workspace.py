@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, copy_side_files
-from .stream.files import sync_folder, write_json
+from .stream.files import remove_unfinished, sync_folder, write_json
 from .stream.journal import Journal
 from .stream.sink import Sink
 
@@ -159,8 +159,7 @@ class Workspace:
         Raises:
             ExportError: a tensor of the original is missing.
         """
-        for leftover in sink.folder.glob("*.tmp"):
-            leftover.unlink()
+        remove_unfinished(sink.folder)
         copy_side_files(source, sink.folder)
         sink.write_index(rows)
         names = {name for row in rows for name in row["outputs"][exporter.name]["names"]}

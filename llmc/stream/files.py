@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+_UNFINISHED = ".unfinished"
 
 
 def sync_folder(folder: Path) -> None:
@@ -45,14 +48,29 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The same for a safetensors file."""
-    written = target.with_name(target.name + ".tmp")
+    """The same for a safetensors file.
+
+    safetensors writes a file of another name first, and leaves it there when it's killed. So it writes into a folder
+    beside the target that begins and ends empty.
+    """
+    remove_unfinished(target.parent)
+    folder = target.parent / _UNFINISHED
+    folder.mkdir()
+    written = folder / target.name
     # safetensors makes files that only their owner may read; a server may run as somebody else.
     written.touch()
     mode = written.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata={"format": "pt"})
     written.chmod(mode)
     _replace(written, target)
+    folder.rmdir()
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed run was about to write there."""
+    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
 
 
 def sha256(path: Path) -> str:
