@@ -58,7 +58,7 @@ def over(below: Any, above: Any) -> Any:
 def cells(recipes: Mapping[str, Any]) -> Iterator[Cell]:
     """All cells, table by table."""
     for table, content in recipes.items():
-        for row, own in content.get("rows", {}).items():
+        for row, own in content["rows"].items():
             for column, sections in content["columns"].items():
                 yield Cell(table, row, column, over(over(content["base"], own), sections))
 
@@ -145,7 +145,7 @@ def main() -> None:
     for cell in cells(recipes):
         if any(fnmatch(cell.name, pattern) for pattern in args.only):
             fill(cell, args)
-    print("\n\n".join(table(name, content, args) for name, content in recipes.items() if "rows" in content))
+    print("\n\n".join(table(name, content, args) for name, content in recipes.items()))
 
 
 if __name__ == "__main__":

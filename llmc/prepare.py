@@ -16,7 +16,7 @@ from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer
-from .models import ModelAdapter, check_reorderable, find_adapter, heads_of, residual_of
+from .models import ModelAdapter, Subset, check_reorderable, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
@@ -72,7 +72,7 @@ class Prepared:
     evaluations: list[Evaluation]
     device: torch.device
     stored: torch.dtype
-    adapter: str
+    adapter: ModelAdapter
     warnings: list[str]
     estimate: Estimate
     frame: Frame | None
@@ -115,13 +115,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     )
     heads = heads_of(model_config.get_text_config())
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
-    _check_learning(recipe, compute)
-    if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
-        check_attention(skeleton.model)
-    if recipe.clusters:
-        check_reorderable(subsets)
-        _check_clustered(config, recipe, skeleton)
-    _check_dropping(recipe, len(skeleton.blocks))
+    _check_recipe(config, recipe, skeleton, subsets, compute)
     frame = _frame(recipe, adapter, skeleton)
     online = recipe.online(frame)
     check_layers(recipe, [online.cut(subset) for subset in subsets])
@@ -160,7 +154,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
         evaluations,
         device,
         stored,
-        adapter.name,
+        adapter,
         warnings,
         estimate,
         frame,
@@ -182,6 +176,19 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton) -> Frame |
     widths = {linear.in_features for linear in linears if isinstance(linear, nn.Linear)}
     ffn = widths.pop() if len(widths) == 1 else 0
     return Frame(subsets, heads_of(config), declared, config.hidden_size, recipe.seed, ffn)
+
+
+def _check_recipe(
+    config: Config, recipe: Recipe, skeleton: Skeleton, subsets: Sequence[Subset], compute: torch.dtype
+) -> None:
+    """Refuse what the model, or the dtype that it's computed in, doesn't allow."""
+    _check_learning(recipe, compute)
+    if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
+        check_attention(skeleton.model)
+    if recipe.clusters:
+        check_reorderable(subsets)
+        _check_clustered(config, recipe, skeleton)
+    _check_dropping(recipe, len(skeleton.blocks))
 
 
 def _check_dropping(recipe: Recipe, blocks: int) -> None:

@@ -25,7 +25,7 @@ from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
 from .export import Exporter, Layer, check_shard, read_config, with_own_head
 from .export.dense import FakeQuant, Transformed
-from .models import BlockSelection, find_adapter, heads_of
+from .models import BlockSelection, heads_of
 from .plan import bits_per_weight, free_disk, original_bytes
 from .prepare import Prepared, positions_of, prepare, state_of
 from .quant import Scheme
@@ -145,7 +145,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             versions=versions(),
             model={
                 "path": str(prepared.folder),
-                "adapter": prepared.adapter,
+                "adapter": prepared.adapter.name,
                 "blocks": len(prepared.skeleton.blocks),
                 "bytes": original_bytes(prepared.entries),
                 "computing_dtype": str(prepared.skeleton.model.dtype).removeprefix("torch."),
@@ -234,12 +234,11 @@ def _engine(
     dropped: frozenset[int],
 ) -> Engine:
     config = prepared.skeleton.model.config.get_text_config()
-    adapter = find_adapter("auto", prepared.skeleton.model.config.model_type)
     return Engine(
         skeleton=prepared.skeleton,
         source=source,
         recipe=prepared.recipe,
-        subsets=adapter.subsets(config),
+        subsets=prepared.adapter.subsets(config),
         heads=heads_of(config),
         calib=Batches(prepared.calib),
         evaluation=_evaluation_batches(prepared, "ppl"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from .algorithms import LayerPattern, Rule
+from .algorithms import ALGORITHMS, LayerPattern, Rule
 from .config.places import layer_place
 from .config.schema import QuantConfig
 from .config.tensors import ActConfig, MixSetting, TensorConfig, WeightConfig
+from .errors import ConfigError
 from .quant import (
     ActSpec,
     Granularity,
@@ -40,16 +43,32 @@ _GRIDS: dict[int | str, Grid] = {
 _MICRO_SCALES = {"mxfp4": torch.float8_e8m0fnu, "mxfp8": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
 
 
-def weight_spec(weight: WeightConfig, act: ActConfig | None, stored: torch.dtype) -> QuantSpec:
+def packed_scales(stored: torch.dtype, wanted: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype of packed, weight-only integers' scales, if the file doesn't set it.
+
+    Args:
+        stored: the dtype of the checkpoint's weights; without other wishes, theirs if it has 16 bits.
+        wanted: the dtype that each asked format stores, where it stores but one.
+
+    Raises:
+        ConfigError: two formats want different ones.
+    """
+    dtypes = list(dict.fromkeys(wanted.values()))
+    if len(dtypes) > 1:
+        pair = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in wanted.items())
+        raise ConfigError(f"save: scales are stored by {pair}, and they are rounded once", "save them in two runs")
+    if dtypes:
+        return dtypes[0]
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+
+
+def weight_spec(weight: WeightConfig, act: ActConfig | None, packed: torch.dtype) -> QuantSpec:
     """The grid of the weights.
 
     Without another wish, the scales of weights that are multiplied as integers or as FP8 are float32, as vLLM has them;
-    those of packed, weight-only integers have the checkpoint's 16-bit dtype.
+    those of packed, weight-only integers have the dtype ``packed``.
     """
-    packed = weight.quant_type == "int-quant" and act is None
-    automatic = torch.float32
-    if packed:
-        automatic = stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+    automatic = packed if weight.quant_type == "int-quant" and act is None else torch.float32
     ranges = Mse(weight.maxshrink, weight.mse_grid) if weight.calib_algo == "mse" else MinMax()
     scale_dtype = _MICRO_SCALES.get(str(weight.bit)) or SCALE_DTYPES.get(weight.scale_dtype, automatic)
     granularity = _granularity(weight)
@@ -90,25 +109,25 @@ def _observer(act: ActConfig) -> Observer:
     return MovingMinMax() if act.calib_algo == "static_moving_minmax" else StaticMinMax()
 
 
-def make_rules(quant: QuantConfig, stored: torch.dtype) -> tuple[Rule, ...]:
+def make_rules(quant: QuantConfig, packed: torch.dtype) -> tuple[Rule, ...]:
     """The settings of ``quant.mix_bits`` in their order."""
-    return tuple(_rule(f"quant.mix_bits.{name}", setting, stored) for name, setting in quant.mix_bits.items())
+    return tuple(_rule(f"quant.mix_bits.{name}", setting, packed) for name, setting in quant.mix_bits.items())
 
 
-def _rule(key: str, setting: MixSetting, stored: torch.dtype) -> Rule:
+def _rule(key: str, setting: MixSetting, packed: torch.dtype) -> Rule:
     places = {text: layer_place(text) for text in setting.layer_name}
     patterns = tuple(LayerPattern(text, place.name, place.blocks) for text, place in places.items())
     if not setting.do_quant or setting.weight is None:
         return Rule(key, patterns, Scheme())
     act = None if setting.act is None else act_spec(setting.act)
-    return Rule(key, patterns, Scheme(weight_spec(setting.weight, setting.act, stored), act))
+    return Rule(key, patterns, Scheme(weight_spec(setting.weight, setting.act, packed), act))
 
 
 def unavailable(quant: QuantConfig) -> list[str]:
     """Keys of weights and activations that the schema knows and this version doesn't do."""
     sections = {"quant": (quant.weight, quant.act)}
     sections |= {f"quant.mix_bits.{name}": (one.weight, one.act) for name, one in quant.mix_bits.items()}
-    learned = "OmniQuant" in quant.method
+    learned = any(algorithm.learns for algorithm in ALGORITHMS if algorithm.name in quant.method)
     return [key for section, pair in sections.items() for key in _unavailable_pair(section, *pair, learned=learned)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .algorithms import BlockInfluence, least_influential
 from .export import Layer
-from .models import BlockSelection, find_adapter
+from .models import BlockSelection
 from .prepare import Prepared
 from .stream.activations import ActivationStore
 from .stream.journal import Journal
@@ -45,8 +45,7 @@ def survey(
 ) -> Surveyed:
     """Find the blocks of the least influence, unless the journal has them already."""
     skeleton, recipe = prepared.skeleton, prepared.recipe
-    adapter = find_adapter("auto", skeleton.model.config.model_type)
-    whole = BlockSelection(len(skeleton.blocks), adapter.blocks)
+    whole = BlockSelection(len(skeleton.blocks), prepared.adapter.blocks)
     if not recipe.drop_blocks:
         return Surveyed(whole)
     started = time.perf_counter()

@@ -16,8 +16,8 @@ from .data import CalibrationSpec, EvaluationSpec
 from .errors import ConfigError, ExportError
 from .export import EXPORTERS, Exporter, Layer
 from .models import Subset
-from .quant import KvSpec, QuantSpec, Scheme, Sparsity
-from .schemes import SCALE_DTYPES, act_spec, make_rules, unavailable, weight_spec
+from .quant import KvSpec, Scheme, Sparsity
+from .schemes import SCALE_DTYPES, act_spec, make_rules, packed_scales, unavailable, weight_spec
 from .translate_kv import unavailable_cache
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS} | {SHORTGPT: "pruner"}
@@ -73,11 +73,10 @@ def make_compute_dtype(requested: str, stored: torch.dtype, device: torch.device
     return stored if device.type == "cuda" and stored in SCALE_DTYPES.values() else torch.float32
 
 
-def make_spec(config: Config, stored: torch.dtype) -> QuantSpec | None:
-    """The grid of the weights. Scales are stored in the checkpoint's 16-bit dtype unless the file says otherwise."""
-    if config.quant is None or config.quant.weight is None:
-        return None
-    return weight_spec(config.quant.weight, config.quant.act, stored)
+def _packed_scales(config: Config, stored: torch.dtype) -> torch.dtype:
+    """The dtype of packed weights' scales that all formats to be saved agree on."""
+    asked = {name for name, value in config.save if value is True}
+    return packed_scales(stored, {e.name: e.scale_dtype for e in EXPORTERS if e.name in asked and e.scale_dtype})
 
 
 def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Recipe:
@@ -91,12 +90,14 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
         full_names=frozenset(config.ignored_layers.special_names),
     )
     act = None if quant is None or quant.act is None else act_spec(quant.act)
+    packed = _packed_scales(config, stored)
+    weight = weight_spec(quant.weight, quant.act, packed) if quant and quant.weight else None
     recipe = Recipe((), None, ignored, config.base.seed)
     if methods := _methods(config):
         recipe = make_recipe(
             methods,
             {**(quant.options if quant else {}), **(sparse.options if sparse else {})},
-            make_spec(config, stored),
+            weight,
             ignored,
             quant_out=quant.quant_out if quant else None,
             seed=config.base.seed,
@@ -104,7 +105,7 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
             sparsity_out=sparse.sparsity_out if sparse else None,
             act=act,
             kv=kv,
-            rules=make_rules(quant, stored) if quant else (),
+            rules=make_rules(quant, packed) if quant else (),
         )
     if sparse is not None and sparse.method == SHORTGPT:
         recipe = replace(recipe, drop_blocks=sparse.weight.n_prune_layers or 0)

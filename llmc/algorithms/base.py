@@ -117,7 +117,7 @@ class Algorithm:
     name: ClassVar[str]
     kind: ClassVar[Literal["transform", "pruner", "quantizer"]]
     options_type: ClassVar[type[Options]]
-    statistics: ClassVar[frozenset[str]] = frozenset()
+    statistics: frozenset[str] = frozenset()
     """Names of the fields of ``Statistics`` that it reads."""
 
     works_without_grid: ClassVar[bool] = False

@@ -67,11 +67,12 @@ class OmniQuant(Algorithm):
     name = "OmniQuant"
     kind = "quantizer"
     options_type: ClassVar[type[Options]] = OmniQuantOptions
-    statistics = frozenset({"channel_range"})
     learns = True
 
     def __init__(self, options: OmniQuantOptions) -> None:
         self.options = options
+        if options.let:
+            self.statistics = frozenset({"channel_range"})  # where scales and shifts start
 
     def needs(self, *, quant_out: bool | None) -> Needs:
         """As published, the compressed blocks' outputs go in, and the original's outputs are to come out."""

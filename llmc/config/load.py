@@ -65,13 +65,13 @@ def load_config(
         _override(document, override)
     modernise(document)
     options = {section: _resolve_options(document, section, methods) for section in ("quant", "sparse")}
-    config = None
     try:
         config = Config.model_validate(document.data)
     except ValidationError as error:
         explain(document, error, Config, homes=_homes())
+        document.raise_problems()
+        raise  # nothing was found to say: better the validator's own words than none
     document.raise_problems()
-    assert config is not None, "a failed validation leaves a problem"
     config = config.model_copy(
         update={name: getattr(config, name).with_options(found) for name, found in options.items() if found}
     )

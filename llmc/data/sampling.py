@@ -111,7 +111,11 @@ def calibration_samples(spec: CalibrationSpec, tokenizer: Tokenizer) -> list[Ten
     if len(corpus.documents) == 0:
         raise empty(corpus.origin)
     samples = preset.draw(_Draw(corpus, tokenizer, spec.n_samples, spec.seq_len or 0, spec.seed))
-    assert len(samples) == spec.n_samples, spec.preproc
+    if len(samples) != spec.n_samples:
+        raise DataError(
+            f"{spec.preproc} made {len(samples)} of calib.n_samples {spec.n_samples} samples",
+            "set calib.n_samples to that, or give it more text",
+        )
     return samples
 
 

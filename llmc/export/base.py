@@ -78,6 +78,9 @@ class Exporter:
     stores_group_index: ClassVar[bool] = True
     """Whether it can express groups that aren't runs of consecutive columns."""
 
+    scale_dtype: ClassVar[torch.dtype | None] = None
+    """The dtype of packed integers' scales in this format; None: any. Codes are computed with scales in it."""
+
     runs_rotations: ClassVar[bool] = False
     """Whether its backend can rotate the input of a Linear while it runs; ``check`` says which."""
 

@@ -239,13 +239,14 @@ class BlockWork:
             self._flush(original)  # nobody reads the original's inputs any more
         pending = self._pending
         targets = partial(original.inputs.load, device=run.device) if pending is None else pending.__getitem__
-        views: list[SubsetView] = []
+        views = [self._view(subset, Statistics(), None) for subset in self.context.subsets]
+        if step.algorithm.statistics:
 
-        def look(position: int, statistics: Statistics, calls: HeldCalls) -> None:
-            views.append(self._view(self.context.subsets[position], statistics, None))
+            def look(position: int, statistics: Statistics, calls: HeldCalls) -> None:
+                views[position].stats = statistics
 
-        stages = [self._stage(subset, step, searching=False) for subset in self.context.subsets]
-        run_together(run, stages, look, keep=False)
+            stages = [self._stage(subset, step, searching=False) for subset in self.context.subsets]
+            run_together(run, stages, look, keep=False)
         weights = {name: parameter.data for name, parameter in self.block.named_parameters()}
         transformed = any(one.algorithm.kind == "transform" for one in self.context.recipe.in_block)
         calls = LearningCalls(run, self.inputs, targets)

@@ -25,10 +25,10 @@ from .clustered import ClusteredBlock
 from .edges import Edges
 from .entrance import Entrance
 from .journal import Journal
-from .memory import give_back_memory, short_collections, unheaped
+from .memory import give_back_memory, short_collections
 from .options import Batches, EngineOptions, Listener, Outcome
 from .sink import Sink
-from .skeleton import EMBED, HEAD, Skeleton, block_unit, check_finite
+from .skeleton import EMBED, HEAD, Skeleton, block_unit
 from .source import BlockSource
 from .stages import BlockRun, propagate
 
@@ -131,7 +131,6 @@ class Engine:
         """Make the inputs of the first block. Returns the raw embedding if a tied head will need it again."""
         self._listener.phase("embedding")
         raw = self._source.take(EMBED)
-        check_finite(raw)
         changed = self._edges.embedding(raw)
         self._write_through(EMBED, changed)
         wanted, resumed = self._wanted_streams(), self._journal.last("activations") is not None
@@ -183,9 +182,7 @@ class Engine:
         raw = self._timed("read", lambda: self._source.take(unit))
         self._prefetch_behind(index)
         stored = {self._skeleton.parameter_of[name]: (name, tensor.dtype) for name, tensor in raw.items()}
-        with unheaped():
-            check_finite(raw)
-            self._skeleton.load(raw)
+        self._skeleton.load(raw)
         del raw
         give_back_memory()
         block = self._skeleton.blocks[index]
@@ -334,7 +331,6 @@ class Engine:
     def _head(self, embedding: dict[str, Tensor], outcome: Outcome) -> None:
         self._listener.phase("head")
         raw = self._source.take(HEAD)
-        check_finite(raw)
         changed = self._edges.head(raw, embedding)
         self._write_through(HEAD, changed)
         if not self._measured:

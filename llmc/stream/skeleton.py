@@ -136,6 +136,7 @@ class Skeleton:
         stored = set(self.parameter_of.values())
         self.tied_head = any(name not in stored and source in stored for name, source in self.tied().items())
 
+    @unheaped()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Convert and place checkpoint tensors. They take the skeleton's dtype, whatever theirs.
 
@@ -184,19 +185,3 @@ class Skeleton:
     def tie(self) -> None:
         """Share the loaded embedding with the head again, where the model ties them."""
         self.model.tie_weights()
-
-
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Stop at NaN or Inf in a weight.
-
-    Raises:
-        CheckpointError: names the tensor.
-    """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float().sum()) and not tensor.isfinite().all():
-            bad = int((~tensor.isfinite()).sum())
-            raise CheckpointError(
-                f"{name}: {bad} of {tensor.numel()} values are NaN or infinite",
-                "the checkpoint is damaged: download this shard again and run the same command, "
-                "the run goes on from here",
-            )

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .headers import TensorEntry
-from .memory import own_memory
+from .memory import own_memory, unheaped
 
 
 class BlockSource:
@@ -33,9 +34,15 @@ class BlockSource:
             self._ahead[unit] = self._pool.submit(self._read, unit)
 
     def take(self, unit: str) -> dict[str, Tensor]:
-        """The unit's tensors by checkpoint name, on the CPU, in their stored dtype."""
+        """The unit's tensors by checkpoint name, on the CPU, in their stored dtype.
+
+        Raises:
+            CheckpointError: a file ends early, or a value is NaN or infinite.
+        """
         self.prefetch(unit)
-        return self._ahead.pop(unit).result()
+        tensors = self._ahead.pop(unit).result()
+        check_finite(tensors)
+        return tensors
 
     def close(self) -> None:
         """Stop the background reader."""
@@ -68,3 +75,24 @@ def _fill(file: FileIO, target: memoryview) -> bool:
             return False
         done += count
     return True
+
+
+@unheaped()
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Stop at NaN or Inf in a weight.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if (
+            tensor.is_floating_point()
+            and not tensor.sum(dtype=torch.float32).isfinite()
+            and not tensor.isfinite().all()
+        ):
+            bad = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"{name}: {bad} of {tensor.numel()} values are NaN or infinite",
+                "the checkpoint is damaged: download this shard again and run the same command, "
+                "the run goes on from here",
+            )

@@ -16,7 +16,7 @@ from .activations import ActivationStore
 from .entrance import Entrance
 from .journal import Journal
 from .memory import give_back_memory, short_collections
-from .skeleton import EMBED, Skeleton, block_unit, check_finite
+from .skeleton import EMBED, Skeleton, block_unit
 from .source import BlockSource
 
 _STREAM, _ROW, _SAVED = "survey", "surveyed", "survey activations"
@@ -123,6 +123,4 @@ class Survey:
             self._store.remove(before["file"])
 
     def _load(self, unit: str) -> None:
-        raw = self._source.take(unit)
-        check_finite(raw)
-        self._skeleton.load(raw)
+        self._skeleton.load(self._source.take(unit))

@@ -15,7 +15,8 @@ from torch import nn
 
 from llmc.errors import CheckpointError, ModelError
 from llmc.stream.headers import INDEX_FILE
-from llmc.stream.skeleton import check_finite, load_config
+from llmc.stream.skeleton import load_config
+from llmc.stream.source import check_finite
 
 
 @pytest.fixture
