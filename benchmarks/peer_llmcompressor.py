@@ -8,7 +8,8 @@ one string without special tokens, and sample i is its tokens [i * seq_len, (i +
 
   gptq  dampening 0.01, static act-order ("--actorder none" for none); 64 samples, symmetric unless --asym
   awq   scales found by a grid search of 20 points, then round to nearest; 16 samples, asymmetric unless --sym
-  rtn   round to nearest, no data, symmetric unless --asym
+  rtn, smoothquant    W8A8, a scale for each channel and each token; SmoothQuant 0.5 with 16 samples
+  wanda, sparsegpt    two zeros in each run of four; 16 samples
 
 The last line of stdout is one JSON object: ``seconds`` (wall) and ``cpu_seconds`` (user and system, of this process and
 of the children it waited for) since the start of the process, so imports count; ``peak_rss_mb``; and ``phases``, the
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-DEFAULT_SAMPLES = {"gptq": 64, "awq": 16, "rtn": 0}
+DEFAULT_SAMPLES = {"gptq": 64, "awq": 16, "rtn": 0, "smoothquant": 16, "wanda": 16, "sparsegpt": 16}
 MB = 2**20
 
 
@@ -50,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, in safetensors")
     parser.add_argument("--calib", type=Path, help="text file to calibrate with")
     parser.add_argument("--method", choices=sorted(DEFAULT_SAMPLES), required=True)
-    parser.add_argument("--samples", type=int, help="calibration samples (default: 64 for gptq, 16 for awq)")
+    parser.add_argument("--samples", type=int, help="calibration samples (default: 64 for gptq, none for rtn, else 16)")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
@@ -96,9 +97,17 @@ def calibration_set(tokenizer: Any, text_file: Path, n_samples: int, seq_len: in
 def recipe(args: argparse.Namespace) -> list[Any]:
     """llm-compressor's modifiers for the method asked for."""
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
+    pruners = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
+    if args.method in pruners:
+        return [pruners[args.method](sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["lm_head"])]
+    if args.method in ("rtn", "smoothquant"):
+        smooth = [SmoothQuantModifier(smoothing_strength=0.5)] if args.method == "smoothquant" else []
+        return [*smooth, QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])]
     weights = {
         "num_bits": args.bits,
         "type": "int",
@@ -110,9 +119,7 @@ def recipe(args: argparse.Namespace) -> list[Any]:
     if args.method == "gptq":
         actorder = None if args.actorder == "none" else args.actorder
         return [GPTQModifier(**scheme, actorder=actorder, dampening_frac=0.01)]
-    if args.method == "awq":
-        return [AWQModifier(), QuantizationModifier(**scheme)]
-    return [QuantizationModifier(**scheme)]
+    return [AWQModifier(), QuantizationModifier(**scheme)]
 
 
 def calibration_options(args: argparse.Namespace, dataset: Any) -> dict[str, Any]:

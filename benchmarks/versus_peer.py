@@ -76,51 +76,57 @@ def measure(command: Sequence[str | Path], environment: Mapping[str, str] | None
 
 @dataclass(frozen=True)
 class Setting:
-    """What both sides do: weights of 4 bits in groups of 64, on a grid of each method's habit."""
+    """What both sides do: ``sections`` is llmc's YAML, the flags say the same to the peer's script."""
 
-    llmc_method: str
-    symmetric: bool
     samples: int
-    special: Mapping[str, Any]
+    sections: Mapping[str, Any]
+    peer: tuple[str, ...] = ()
+    saved: str = "save_vllm"
     seq_len: int = 512
 
 
+def _groups(method: str, *, symmetric: bool, **special: Any) -> dict[str, Any]:
+    weight = {"bit": 4, "symmetric": symmetric, "granularity": "per_group", "group_size": 64}
+    return {"quant": {"method": method, "weight": weight, "special": special}}
+
+
+def _w8a8(method: str, **special: Any) -> dict[str, Any]:
+    weight = {"bit": 8, "symmetric": True, "granularity": "per_channel"}
+    act = {"bit": 8, "symmetric": True, "granularity": "per_token"}
+    return {"quant": {"method": method, "weight": weight, "act": act, "special": special}}
+
+
+def _two_of_four(method: str) -> dict[str, Any]:
+    return {"sparse": {"method": method, "weight": {"sparsity": 0.5, "pattern": "2:4"}}}
+
+
+_GPTQ = {"actorder": True, "static_groups": True, "percdamp": 0.01, "blocksize": 128, "true_sequential": True}
 SETTINGS = {
-    "gptq": Setting(
-        llmc_method="GPTQ",
-        symmetric=True,
-        samples=64,
-        special={
-            "actorder": True,
-            "static_groups": True,
-            "percdamp": 0.01,
-            "blocksize": 128,
-            "true_sequential": True,
-        },
-    ),
-    "awq": Setting(llmc_method="Awq", symmetric=False, samples=16, special={"weight_clip": True}),
+    "gptq": Setting(64, _groups("GPTQ", symmetric=True, **_GPTQ), ("--sym",)),
+    "awq": Setting(16, _groups("Awq", symmetric=False, weight_clip=True), ("--asym",)),
+    "rtn": Setting(0, _w8a8("RTN")),
+    "smoothquant": Setting(16, _w8a8("SmoothQuant", alpha=0.5)),
+    "wanda": Setting(16, _two_of_four("Wanda"), saved="save_fake"),
+    "sparsegpt": Setting(16, _two_of_four("SparseGPT"), saved="save_fake"),
 }
 
 
 def llmc_config(setting: Setting, model: Path, calib: Path, save_path: Path) -> dict[str, Any]:
     """The YAML of llmc's side."""
+    texts: dict[str, Any] = {
+        "name": "text",
+        "path": str(calib),
+        "n_samples": setting.samples,
+        "bs": 1,
+        "seq_len": setting.seq_len,
+        "preproc": "sequential",
+    }
     return {
         "base": {"seed": 42, "device": "cpu"},
         "model": {"type": "auto", "path": str(model), "torch_dtype": "torch.float32"},
-        "calib": {
-            "name": "text",
-            "path": str(calib),
-            "n_samples": setting.samples,
-            "bs": 1,
-            "seq_len": setting.seq_len,
-            "preproc": "sequential",
-        },
-        "quant": {
-            "method": setting.llmc_method,
-            "weight": {"bit": 4, "symmetric": setting.symmetric, "granularity": "per_group", "group_size": 64},
-            "special": dict(setting.special),
-        },
-        "save": {"save_vllm": True, "save_path": str(save_path)},
+        **({"calib": texts} if setting.samples else {}),
+        **setting.sections,
+        "save": {setting.saved: True, "save_path": str(save_path)},
     }
 
 
@@ -142,9 +148,8 @@ def measure_peer(python: Path, method: str, model: Path, calib: Path, folder: Pa
         "--seq-len": setting.seq_len,
         "--out": folder / "peer",
     }
-    grid = "--sym" if setting.symmetric else "--asym"
     flags = [str(part) for option in options.items() for part in option]
-    return measure([python, PEER_SCRIPT, *flags, grid])
+    return measure([python, PEER_SCRIPT, *flags, *setting.peer])
 
 
 def warn_if_busy() -> None:

@@ -5,14 +5,13 @@
 For each run folder (with ``vllm_quant_model`` and ``fake_quant_model``, or the former alone) it prints the mean
 log-probability per token on the first chunks of the text by vLLM in bfloat16, by Transformers in bfloat16 and float32
 from the same folder, whether Transformers' logits equal those of the fake-quantized folder bit for bit, and vLLM's
-greedy continuation of a prompt. Where vLLM has no int4 kernel for this processor, the product alone is computed in
-plain torch (``tests/backends/vllm_wna16.py``), and the table says so.
+greedy continuation of a prompt. Where vLLM has no trustworthy kernel for this processor, the product alone is
+computed in plain torch (``tests/backends/vllm_wna16.py``, ``vllm_int8.py``), and a line says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "backends"))
-from vllm_oracle import VllmJob, kernel_gap, run_vllm, vllm_python
+from vllm_oracle import X86_NEEDS, VllmJob, kernel_gap, run_vllm, vllm_python
 
 PROMPT = "The capital of France is"
 
@@ -49,9 +48,8 @@ def main() -> None:
     arguments.add_argument("--length", type=int, default=512)
     given = arguments.parse_args()
     logging.disable_progress_bar()
-    if kernel_gap("W4A16"):
-        os.environ["LLMC_VLLM_STAND_IN"] = "1"
-        print(f"note: {kernel_gap('W4A16')}; the product is computed in plain torch\n")
+    for gap in filter(None, map(kernel_gap, X86_NEEDS)):
+        print(f"note: {gap}; the product is computed in plain torch\n")
     folders = [run / "vllm_quant_model" for run in given.runs]
     tokenizer = AutoTokenizer.from_pretrained(folders[0])
     ids = tokenizer(given.text.read_text(), add_special_tokens=False, verbose=False).input_ids

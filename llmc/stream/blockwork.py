@@ -240,6 +240,8 @@ class BlockWork:
         pending = self._pending
         targets = partial(original.inputs.load, device=run.device) if pending is None else pending.__getitem__
         views = [self._view(subset, Statistics(), None) for subset in self.context.subsets]
+        if not any(view.specs for view in views):
+            return  # the whole block is to stay as it is
         if step.algorithm.statistics:
 
             def look(position: int, statistics: Statistics, calls: HeldCalls) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("vllm_worker.py")
 STDERR_TAIL = 4000
+STAND_INS = "LLMC_VLLM_STAND_INS"
 
 # Scheme of a checkpoint -> x86 CPU flags any one of which vLLM's kernel for it needs, and what happens without.
 X86_NEEDS = {
@@ -111,6 +112,8 @@ def kernel_gap(scheme: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None
 def run_vllm(jobs: Sequence[VllmJob], python: Path, timeout: float | None = None) -> list[VllmResult]:
     """Run the jobs one after another in one vLLM process; results are in the order of the jobs.
 
+    Where vLLM has no trustworthy kernel for this processor (``kernel_gap``), plain torch stands in for the product.
+
     A job that fails says so in its result. VllmFailed is raised only if the process fails, or if all jobs together take
     more than ``timeout`` seconds.
     """
@@ -128,6 +131,7 @@ def run_vllm(jobs: Sequence[VllmJob], python: Path, timeout: float | None = None
 def _run_worker(command: Sequence[str], timeout: float | None) -> None:
     # The worker may not see this process's own packages: vLLM's environment has its own, other versions.
     environment = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
+    environment[STAND_INS] = " ".join(scheme for scheme in X86_NEEDS if kernel_gap(scheme))
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:

@@ -44,7 +44,7 @@ DEFAULTS = {
     "OMP_NUM_THREADS": str(min(8, len(os.sched_getaffinity(0)))),
 }
 MIN_CONTEXT = 512
-STAND_IN = "LLMC_VLLM_STAND_IN"  # set: compute int4 products in plain torch, where vLLM's kernel isn't available
+STAND_INS = "LLMC_VLLM_STAND_INS"  # schemes whose products are computed in plain torch
 
 
 def set_environment() -> None:
@@ -159,6 +159,18 @@ def stdout_to_stderr() -> Iterator[None]:
         os.close(saved)
 
 
+def install_stand_ins(schemes: list[str]) -> None:
+    """Compute the products of these schemes in plain torch."""
+    if "W4A16" in schemes:
+        import vllm_wna16
+
+        vllm_wna16.install()
+    if "W8A8" in schemes:
+        import vllm_int8
+
+        vllm_int8.install()
+
+
 def write(results: list[Result], path: Path) -> None:
     """Replace the file at once, so that a reader never sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
@@ -173,10 +185,7 @@ def main(jobs_path: Path, out_path: Path) -> None:
     with stdout_to_stderr():
         import vllm  # noqa: F401 - before the forks, which share it
 
-        if os.environ.get(STAND_IN):
-            import vllm_wna16
-
-            vllm_wna16.install()
+        install_stand_ins(os.environ.get(STAND_INS, "").split())
         for job in jobs:
             results.append(run_in_fork(job))
             write(results, out_path)

@@ -18,7 +18,7 @@ def measured() -> dict[str, float]:
 
 @pytest.mark.parametrize("name", ["original", "RTN", "RTN layers"])
 def test_what_no_calibration_touches_is_the_golden_number(measured, name):
-    """After an intended change: ``python tests/e2e/bless.py``."""
+    """After an intended change: ``python tests/bless.py``."""
     assert measured[name] == pytest.approx(json.loads(GOLDEN.read_text())[name], rel=2e-3)
 
 

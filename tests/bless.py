@@ -1,4 +1,4 @@
-"""Measure the golden perplexities anew: ``python tests/e2e/bless.py``. Say in the commit why they changed."""
+"""Measure the golden perplexities anew: ``python tests/bless.py``. Say in the commit why they changed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ METHODS: dict[str, dict[str, Any]] = {  # samples of calibration text and option
     "GPTQ": {"n_samples": 32, "special": {"actorder": True, "static_groups": True}},
     "Awq": {"n_samples": 4, "special": {}},
 }
-GOLDEN = Path(__file__).parents[1] / "golden" / "w3_few_tokens.json"
+GOLDEN = Path(__file__).parent / "golden" / "w3_few_tokens.json"
 
 
 def real_model() -> Path:
@@ -31,7 +31,7 @@ def real_model() -> Path:
 
 def text(split: str) -> str:
     """WikiText-2: ``valid`` to calibrate, ``test`` to evaluate."""
-    shared = Path(os.environ.get("LLMC_SHARED") or Path(__file__).parents[3] / "shared")
+    shared = Path(os.environ.get("LLMC_SHARED") or Path(__file__).parents[2] / "shared")
     file = shared / "data" / "wikitext2" / f"{split}.txt"
     if not file.is_file():
         raise AssertionError(f"{file} is missing: set LLMC_SHARED to the folder that holds data/wikitext2")

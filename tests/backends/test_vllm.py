@@ -1,0 +1,118 @@
+"""The real vLLM loads what was written of the real model, and gives text the log-probabilities that were evaluated.
+
+vLLM has an environment of its own (``scripts/install_vllm_cpu.sh``); all checkpoints are scored by one process there.
+It computes in 16 bits, llmc in float32. Where this processor has no kernel, plain torch stands in for the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from real import real_model, text
+from transformers import AutoTokenizer
+from vllm_oracle import VllmJob, VllmResult, run_vllm, vllm_python
+
+import llmc
+
+CHUNKS, LENGTH = 2, 256
+PROMPT = "The capital of France is"
+GROUPS = {"granularity": "per_group", "group_size": 64}
+W8A8 = {
+    "weight": {"bit": 8, "symmetric": True, "granularity": "per_channel"},
+    "act": {"bit": 8, "symmetric": True, "granularity": "per_token"},
+}
+STATIC = {"bit": 8, "granularity": "per_tensor", "static": True}
+CACHE = {"method": "Naive", "bit": "e4m3", "symmetric": True, "granularity": "per_tensor", "static": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, by its section ``quant``, and the folders of it that vLLM is to load."""
+
+    quant: Mapping[str, Any]
+    folders: tuple[str, ...] = ("vllm",)
+    tolerance: float = 0.02  # of the mean log-probability, about -3
+    data: bool = False
+
+
+CASES = {
+    "W4A16 in groups, symmetric": Case({"weight": {"bit": 4, "symmetric": True, **GROUPS}}),
+    "W4A16 in groups, zero points": Case({"weight": {"bit": 4, "symmetric": False, **GROUPS}}),
+    "W4A16 a row": Case({"weight": {"bit": 4, "symmetric": False, "granularity": "per_channel"}}, tolerance=0.05),
+    "W8A8 dynamic": Case(W8A8, tolerance=0.03),
+    "W8A8 with an FP8 cache": Case({**W8A8, "kvcache": CACHE}, tolerance=0.03, data=True),
+    "FP8 dynamic": Case(
+        {
+            "weight": {"bit": "e4m3", "symmetric": True, "granularity": "per_channel"},
+            "act": {"bit": "e4m3", "symmetric": True, "granularity": "per_token"},
+        },
+        tolerance=0.03,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a case's model was evaluated with in its run, and what vLLM says of each folder."""
+
+    evaluated: float
+    results: Mapping[str, VllmResult]
+
+
+def run(case: Case, folder: Path) -> float:
+    """Compress, and return the mean log-probability that the run measured."""
+    plain = {"name": "text", "bs": 1}
+    config: dict[str, Any] = {
+        "base": {"device": "cpu"},
+        "model": {"path": str(real_model()), "torch_dtype": "float32"},
+        "eval": {
+            **plain,
+            "path": text("test"),
+            "seq_len": LENGTH,
+            "num_chunks": CHUNKS,
+            "eval_pos": ["fake_quant_wo_kv" if "kvcache" in case.quant else "fake_quant"],
+        },
+        "quant": {"method": "RTN", **case.quant},
+        "save": {"save_path": str(folder), **{f"save_{name}": True for name in case.folders}},
+    }
+    if case.data:
+        calib = {"path": text("valid"), "n_samples": 2, "seq_len": 128, "preproc": "sequential"}
+        config["calib"] = {**plain, **calib}
+    (found,) = llmc.compress(config).perplexities
+    return -sum(found.window_losses) / len(found.window_losses)
+
+
+@pytest.fixture(scope="session")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scored]:
+    """All cases, compressed one after another and scored by one vLLM."""
+    root = tmp_path_factory.mktemp("vllm")
+    python = vllm_python()
+    evaluated = {name: run(case, root / name) for name, case in CASES.items()}
+    tokenizer = AutoTokenizer.from_pretrained(real_model())
+    tokens = tokenizer(Path(text("test")).read_text()[:20_000], add_special_tokens=False).input_ids
+    chunks = [tokens[LENGTH * index : LENGTH * (index + 1)] for index in range(CHUNKS)]
+    jobs = [
+        VllmJob(f"{name}/{kind}", root / name / f"{kind}_quant_model", chunks, [PROMPT], 8)
+        for name, case in CASES.items()
+        for kind in case.folders
+    ]
+    results = {result.name: result for result in run_vllm(jobs, python)}
+
+    def of(name: str) -> Scored:
+        return Scored(evaluated[name], {kind: results[f"{name}/{kind}"] for kind in CASES[name].folders})
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vllm_gives_text_the_probability_that_was_evaluated(scored: Callable[[str], Scored], name: str) -> None:
+    found = scored(name)
+    for kind, result in found.results.items():
+        assert result.error is None, f"{kind}: {result.error}"
+        assert -result.nll == pytest.approx(found.evaluated, abs=CASES[name].tolerance), kind
+        assert result.n_tokens == CHUNKS * (LENGTH - 1)
+        assert "Paris" in result.samples[0] or "capital" in result.samples[0], result.samples
