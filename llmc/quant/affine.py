@@ -24,7 +24,8 @@ def qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)
     levels = spec.qmax - spec.qmin
     if spec.grid != "int":
-        scale = scale_of(torch.maximum(-lo, hi), spec)
+        found = torch.maximum(-lo, hi)
+        scale = scale_of(found if spec.shared_range is None else torch.full_like(found, spec.shared_range), spec)
     elif not spec.symmetric:
         scale = (hi - lo) / levels
     elif spec.sym_mode == "full":
