@@ -16,15 +16,13 @@ from torch import Tensor
 from ..errors import ExportError
 from ..quant import UnitRecord
 from .base import Exporter, Layer
-from .modelopt_layouts import input_scale
+from .modelopt_layouts import Algorithm, input_scale
 from .shared import check_cache, check_fused
+from .trtllm_config import HF_QUANT_CONFIG, hf_quant_config, quantization_config
 from .trtllm_schemes import algorithm_of, conditions, need_weight
 
-PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is; loaders look for the name
-HF_QUANT_CONFIG = "hf_quant_config.json"
 CACHE_NAMES = {"self_attn.k_scale": "self_attn.k_proj.k_scale", "self_attn.v_scale": "self_attn.v_proj.v_scale"}
 
-_EXCLUDED = ("lm_head", "*embed_tokens", "*mlp.gate", "*block_sparse_moe.gate")
 _FURTHER = ("pre_quant_scale", "input_scale")
 
 
@@ -93,33 +91,24 @@ class TRTLLM(Exporter):
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's with what ``hf_quant_config.json`` says, in the words that ModelOpt has for other readers."""
-        found = self._quantization(layers)
-        excluded, cached = found.pop("exclude_modules"), found.pop("kv_cache_quant_algo") is not None
-        cache = {"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}} if cached else {}
-        quantization = {"quant_method": "modelopt", "producer": PRODUCER, "ignore": excluded} | cache | found
-        return {**original, "quantization_config": quantization}
+        found = quantization_config(_algorithms(layers), _ignored(layers), cache=self.kv is not None)
+        return {**original, "quantization_config": found}
 
     def extra_files(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """``hf_quant_config.json``, which TensorRT-LLM reads."""
-        return {HF_QUANT_CONFIG: {"producer": PRODUCER, "quantization": self._quantization(layers)}}
+        return {HF_QUANT_CONFIG: hf_quant_config(_algorithms(layers), _ignored(layers), cache=self.kv is not None)}
 
     def serve(self, folder: Path) -> str:
         """TensorRT-LLM's server."""
         return f"trtllm-serve {folder}"
 
-    def _quantization(self, layers: list[Layer]) -> dict[str, Any]:
-        """One algorithm for all, or each Linear's by its name; and which have none."""
-        algorithms = {layer.name: algorithm_of(layer.scheme) for layer in layers if layer.spec is not None}
-        found = list(dict.fromkeys(algorithms.values()))
-        settings: dict[str, Any] = found[0].settings if len(found) == 1 else {"quant_algo": None}
-        if len(found) > 1:
-            by_name = {name: algorithm.settings for name, algorithm in algorithms.items()}
-            settings = {"quant_algo": "MIXED_PRECISION", "quantized_layers": by_name}
-        return {
-            **settings,
-            "kv_cache_quant_algo": None if self.kv is None else "FP8",
-            "exclude_modules": [*_EXCLUDED, *(layer.name for layer in layers if layer.spec is None)],
-        }
+
+def _algorithms(layers: list[Layer]) -> dict[str, Algorithm]:
+    return {layer.name: algorithm_of(layer.scheme) for layer in layers if layer.spec is not None}
+
+
+def _ignored(layers: list[Layer]) -> list[str]:
+    return [layer.name for layer in layers if layer.spec is None]
 
 
 def _renamed(name: str, endings: Mapping[str, str]) -> str:

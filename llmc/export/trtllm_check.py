@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .modelopt_layouts import ALGORITHMS, FP8, NVFP4, W4A8, Algorithm
-from .trtllm import CACHE_NAMES, HF_QUANT_CONFIG
+from .trtllm import CACHE_NAMES
+from .trtllm_config import HF_QUANT_CONFIG, MIXED
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -68,32 +69,33 @@ def check_trtllm(folder: Path) -> list[str]:
     if problems:
         return problems
     found = _read(config, stored)
-    with _Tensors(folder) as tensors:
-        for name in tensors.modules:
-            problems += _linear(name, found, tensors.of(name))
-        for group in _fused(tensors.modules):
-            problems += _shared(group, found, tensors)
-        problems += _cache(found, tensors)
-    return problems
+    tensors = _Tensors(folder)
+    for name in tensors.modules:
+        problems += _linear(name, found, tensors.of(name))
+    for group in _fused(tensors.modules):
+        problems += _shared(group, found, tensors)
+    return [*problems, *_cache(found, tensors)]
 
 
 class _Tensors:
     """The tensors of a folder, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
+        self._files: list[Any] = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
-        self.names = sorted(self._where)
-        self.modules = sorted({name.rpartition(".")[0] for name in self.names})
+        self._parts: dict[str, list[str]] = {}
+        for name in self._where:
+            self._parts.setdefault(name.rpartition(".")[0], []).append(name)
 
-    def __enter__(self) -> _Tensors:
-        for file in self._files:
-            file.__enter__()
-        return self
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return sorted(self._where)
 
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.__exit__(None, None, None)
+    @property
+    def modules(self) -> list[str]:
+        """Of all modules that have any."""
+        return sorted(self._parts)
 
     def get(self, name: str) -> Tensor | None:
         """One tensor, if it is there."""
@@ -102,20 +104,19 @@ class _Tensors:
 
     def of(self, module: str) -> dict[str, Tensor]:
         """A module's own tensors."""
-        names = [name for name in self.names if name.rpartition(".")[0] == module]
-        return {name.rpartition(".")[2]: self._where[name].get_tensor(name) for name in names}
+        return {name.rpartition(".")[2]: self._where[name].get_tensor(name) for name in self._parts[module]}
 
 
 def _configurations(ours: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[str]:
     """Both files must say the same, and nothing that the backend doesn't know."""
     if ours.get("quant_method") != "modelopt":
         yield "config.json: quantization_config.quant_method isn't modelopt"
-    for key in ("quant_algo", "group_size", "quantized_layers"):
+    for key in ("quant_algo", "quantized_layers"):
         if ours.get(key) != stored.get(key):
             yield f"config.json and {HF_QUANT_CONFIG} differ in {key}"
     if (ours.get("kv_cache_scheme") is not None) != (stored.get("kv_cache_quant_algo") is not None):
         yield f"config.json and {HF_QUANT_CONFIG} differ in the KV cache"
-    mixed = stored.get("quant_algo") == "MIXED_PRECISION"
+    mixed = stored.get("quant_algo") == MIXED
     settings = list(stored["quantized_layers"].values()) if mixed else [stored]
     for one in settings:
         algorithm = ALGORITHMS.get(str(one.get("quant_algo")))
@@ -213,14 +214,13 @@ def _shared(group: list[str], found: Quantization, tensors: _Tensors) -> Iterato
 
 def _cache(found: Quantization, tensors: _Tensors) -> Iterator[str]:
     """Scales of keys and values come together, each a scalar."""
+    names, (key, value) = set(tensors.names), CACHE_NAMES.values()
     for name in tensors.names:
-        key, value = CACHE_NAMES.values()
         if not name.endswith((key, value)):
             continue
-        pair = (name.replace(key, value), name.replace(value, key))
         if not found.cache:
             yield f"{name} is there, but kv_cache_quant_algo isn't"
-        if any(other not in tensors.names for other in pair):
+        if not names.issuperset({name.replace(key, value), name.replace(value, key)}):
             yield f"{name} is there without its pair"
         tensor = tensors.get(name)
         if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (torch.float32, ()):

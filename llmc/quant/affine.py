@@ -110,7 +110,7 @@ def fake_quantize_weight(weight: Tensor, spec: QuantSpec) -> Tensor:
 
     NVFP4 without a global scale gets that of this weight.
     """
-    if spec.global_scale is None:
+    if spec.is_nvfp4 and spec.global_scale is None:
         spec = bind_global_scale(spec, [weight])
     groups = to_groups(weight, spec)
     rounded = fake_quantize(groups, *qparams(*find_ranges(groups, spec), spec), spec)
@@ -125,7 +125,7 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Ten
         spec: the grid. NVFP4 without a global scale gets that of this weight.
         qparams_: scale and zero point ``[out, groups]``, if they were found elsewhere (clipping).
     """
-    if spec.global_scale is None:
+    if spec.is_nvfp4 and spec.global_scale is None:
         spec = bind_global_scale(spec, [weight])
     scale, zero = group_qparams(weight, spec) if qparams_ is None else qparams_
     groups = to_groups(weight, spec)
