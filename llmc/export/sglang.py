@@ -49,8 +49,9 @@ class SGLang(VLLM):
         return ["save_sgl: SGLang runs NVFP4 on Blackwell GPUs"] if blackwell else []
 
     def serve(self, folder: Path) -> str:
-        """SGLang's server."""
-        return f"python -m sglang.launch_server --model-path {folder}"
+        """SGLang's server, which must be told of an FP8 cache."""
+        cache = "" if self.kv is None else " --kv-cache-dtype fp8_e4m3"
+        return f"python -m sglang.launch_server --model-path {folder}{cache}"
 
 
 def _loads(scheme: Scheme) -> bool:

@@ -21,7 +21,9 @@ from llmc.export.vllm import VLLM
 from llmc.export.vllm_schemes import PACKED, scheme_of
 from llmc.quant import (
     ActSpec,
+    Fp8Grid,
     InputRange,
+    KvSpec,
     PerBlock,
     PerChannel,
     PerCluster,
@@ -335,6 +337,9 @@ def test_sglang_gets_the_tensors_and_the_config_that_vllm_gets(name, tmp_path):
     save_file(stored, tmp_path / "shard.safetensors")
     check_shard(tmp_path / "shard.safetensors", ours, unit)
     assert ours.serve(tmp_path) == f"python -m sglang.launch_server --model-path {tmp_path}"
+    cache = KvSpec("Naive", Fp8Grid(torch.float8_e4m3fn), PerTensor(), static=True)
+    cached = SGLang(scheme.weight, BF16, torch.float32, scheme.act, cache)
+    assert cached.serve(tmp_path).endswith(" --kv-cache-dtype fp8_e4m3")
 
 
 @pytest.mark.parametrize(
