@@ -66,15 +66,24 @@ def weight_spec(weight: WeightConfig, act: ActConfig | None, packed: torch.dtype
     """The grid of the weights.
 
     Without another wish, the scales of weights that are multiplied as integers or as FP8 are float32, as vLLM has them;
-    those of packed, weight-only integers have the dtype ``packed``.
+    those of packed integers have the dtype ``packed``: weights alone, and 4-bit ones with activations of 8 bits.
     """
-    automatic = packed if weight.quant_type == "int-quant" and act is None else torch.float32
+    automatic = packed if _is_packed(weight, act) else torch.float32
     ranges = Mse(weight.maxshrink, weight.mse_grid) if weight.calib_algo == "mse" else MinMax()
     scale_dtype = _MICRO_SCALES.get(str(weight.bit)) or SCALE_DTYPES.get(weight.scale_dtype, automatic)
     granularity = _granularity(weight)
     if isinstance(weight.bit, str):
         return QuantSpec.floating(_GRIDS[weight.bit], granularity, scale_dtype, ranges)
     return QuantSpec(weight.bit, weight.symmetric, granularity, weight.sym_mode, ranges, scale_dtype)
+
+
+def _is_packed(weight: WeightConfig, act: ActConfig | None) -> bool:
+    """Whether backends keep the scales of integer weights in the model's dtype."""
+    if weight.quant_type != "int-quant":
+        return False
+    return act is None or (
+        weight.bit == 4 and act.bit in (8, "e4m3") and act.granularity in ("per_token", "per_tensor")
+    )
 
 
 def act_spec(act: ActConfig) -> ActSpec:

@@ -31,6 +31,11 @@ def refuse_unavailable(config: Config) -> None:
         ConfigError: names the keys, and what is available.
     """
     quant, missing = config.quant, []
+    if config.save.trtllm_cfg is not None:
+        raise ConfigError(
+            "save.trtllm_cfg: TensorRT-LLM no longer has engines that are built for a number of ranks",
+            "remove it; save_trtllm writes one folder, and trtllm-serve --tp_size divides it when it loads it",
+        )
     if quant is not None:
         missing += unavailable_cache(quant.kvcache)
         missing += ["quant.token_reduction"] if quant.token_reduction else []
@@ -213,7 +218,8 @@ def make_exporters(
             f"quant.mix_bits: {uniform[0]} stores one scheme for all layers", f"write {able}, or remove mix_bits"
         )
     act = recipe.act or recipe.clustered
-    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed) for kind in exporters]
+    fused = {layer.name: layer.fused for layer in layers}
+    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed, fused) for kind in exporters]
 
 
 def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:

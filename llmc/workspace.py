@@ -172,6 +172,8 @@ class Workspace:
             raise ExportError(
                 f"{sink.folder / gone[0]} was written and is gone", "start over with --set save.on_existing=overwrite"
             )
+        for name, content in exporter.extra_files(original, layers).items():
+            write_json(sink.folder / name, content)
         write_json(sink.folder / CONFIG, exporter.config(original, layers))
         sync_folder(sink.folder)
         size = sum(entry.stat().st_size for entry in sink.folder.iterdir())

@@ -200,7 +200,7 @@ class SaveConfig(Section):
     save_mlcllm: bool = Field(False, description="Save for MLC-LLM.")
     save_trtllm: bool = Field(False, description="Save for TensorRT-LLM.")
     save_llamacpp: bool = Field(False, description="Save for llama.cpp.")
-    trtllm_cfg: TrtllmConfig | None = Field(None, description="How the TensorRT-LLM engine is divided.")
+    trtllm_cfg: TrtllmConfig | None = Field(None, description="Refused: TensorRT-LLM has no engines any more.")
 
     @model_validator(mode="after")
     def _rules(self) -> Self:

@@ -65,6 +65,7 @@ class Exporter:
         act: the grid of the quantized Linears' inputs, or None.
         kv: how the KV cache was quantized in the evaluation, or None.
         schemes: those of Linears that have others than ``spec`` and ``act``, by the checkpoint's names.
+        fused: for Linears that a backend runs as one with others, by the checkpoint's names, all of those.
     """
 
     name: ClassVar[str]
@@ -92,9 +93,15 @@ class Exporter:
         act: ActSpec | None = None,
         kv: KvSpec | None = None,
         schemes: Mapping[str, Scheme] | None = None,
+        fused: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.spec, self.stored, self.compute, self.act, self.kv = spec, stored, compute, act, kv
         self._schemes = dict(schemes or {})
+        self._fused = dict(fused or {})
+
+    def fused_with(self, name: str) -> tuple[str, ...]:
+        """All Linears that a backend runs as one with this one, itself among them."""
+        return self._fused.get(name, (name,))
 
     def scheme_of(self, name: str) -> Scheme:
         """The grids of a Linear that isn't ignored, by the checkpoint's name."""
@@ -136,6 +143,10 @@ class Exporter:
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """Content of ``config.json``, given the original's."""
         raise NotImplementedError
+
+    def extra_files(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
+        """JSON files beside ``config.json`` by their names, given the original's configuration."""
+        return {}
 
     def serve(self, folder: Path) -> str:
         """The command or code that loads the folder."""

@@ -1,16 +1,18 @@
-"""How compressed-tensors stores one Linear: as packed words, or as the codes themselves."""
+"""How compressed-tensors stores one Linear: as packed words, as the codes themselves, or as pairs of FP4 codes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import ClassVar, Protocol
 
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8, unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from ..quant import ActSpec, InputRange, QuantSpec, QWeight, static_qparams
+from ..quant import ActSpec, InputRange, PerTensor, QuantSpec, QWeight, global_scale_of, static_qparams
 
 
 class Layout(Protocol):
@@ -59,39 +61,72 @@ class Packed:
 
     def nbytes(self, rows: int, columns: int, spec: QuantSpec) -> int:
         """Words, scales, zero points and the shape."""
-        groups = prod(spec.scale_shape(rows, columns))
-        zero = 0 if spec.symmetric else groups * spec.bits // 8
+        down, across = spec.scale_shape(rows, columns)
+        groups = down * across
+        zero = 0 if spec.symmetric else -(-down * spec.bits // 32) * 4 * across
         return rows * -(-columns * spec.bits // 32) * 4 + groups * spec.scale_dtype.itemsize + zero + 16
 
 
 class Codes:
-    """``int-quantized`` and ``float-quantized``: one byte a weight, scales in float32."""
+    """``int-quantized``, ``float-quantized`` and ``mxfp8-quantized``: one byte a weight, whatever its bits."""
 
     parts: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
 
     def tensors(self, weight: QWeight) -> dict[str, Tensor]:
-        """int8 or float8_e4m3fn codes; a scale per tensor is ``[1]``."""
-        scale = weight.scale.reshape(1) if weight.scale.numel() == 1 else weight.scale
-        return {"weight": weight.codes, "weight_scale": scale}
+        """int8 or float8_e4m3fn codes; scales in their own dtype, E8M0 as uint8; one per tensor is ``[1]``."""
+        scale = weight.scale.reshape(1) if isinstance(weight.spec.granularity, PerTensor) else weight.scale
+        return {"weight": weight.codes, "weight_scale": _as_stored(scale)}
 
     def read(self, stored: Mapping[str, Tensor], spec: QuantSpec) -> QWeight:
         """As they are."""
         codes = stored["weight"]
         shape = spec.scale_shape(codes.shape[0], codes.shape[1])
-        return QWeight(codes, stored["weight_scale"].reshape(shape), None, spec)
+        return QWeight(codes, stored["weight_scale"].reshape(shape).view(spec.scale_dtype), None, spec)
 
     def nbytes(self, rows: int, columns: int, spec: QuantSpec) -> int:
         """Codes and scales."""
-        return rows * columns + 4 * prod(spec.scale_shape(rows, columns))
+        return rows * columns + spec.scale_dtype.itemsize * prod(spec.scale_shape(rows, columns))
+
+
+class Pairs:
+    """``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``: two e2m1 codes a byte, the earlier one in its low half."""
+
+    parts: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_global_scale")
+
+    def tensors(self, weight: QWeight) -> dict[str, Tensor]:
+        """Bytes ``[out, in / 2]``, scales (E8M0 as uint8) and, of NVFP4, what they are divided by: float32 ``[1]``."""
+        stored = {"weight_packed": pack_fp4_to_uint8(weight.codes.float()), "weight_scale": _as_stored(weight.scale)}
+        if weight.spec.global_scale is not None:
+            stored["weight_global_scale"] = torch.tensor([weight.spec.global_scale])
+        return stored
+
+    def read(self, stored: Mapping[str, Tensor], spec: QuantSpec) -> QWeight:
+        """Unpack."""
+        packed, whole = stored["weight_packed"], stored.get("weight_global_scale")
+        codes = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1]).to(spec.code_dtype)
+        spec = spec if whole is None else replace(spec, global_scale=float(whole))
+        return QWeight(codes, stored["weight_scale"].view(spec.scale_dtype), None, spec)
+
+    def nbytes(self, rows: int, columns: int, spec: QuantSpec) -> int:
+        """Bytes, scales and the global scale."""
+        return rows * columns // 2 + prod(spec.scale_shape(rows, columns)) + 4 * spec.is_nvfp4
+
+
+def _as_stored(scale: Tensor) -> Tensor:
+    """E8M0 scales are stored as their exponents."""
+    return scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale
 
 
 def input_tensors(act: ActSpec | None, found: InputRange | None) -> dict[str, Tensor]:
-    """``input_scale`` float32 ``[1]`` and, if asymmetric, ``input_zero_point`` int8 ``[1]`` of a calibrated range.
+    """What is stored of a calibrated range, each ``[1]``; dynamic scales aren't.
 
-    Dynamic scales aren't stored.
+    ``input_scale`` float32 and, if asymmetric, ``input_zero_point`` int8; of NVFP4 ``input_global_scale`` float32, by
+    which its groups' scales are divided.
     """
     if act is None or found is None:
         return {}
+    if act.grid.is_nvfp4:
+        return {"input_global_scale": torch.tensor([global_scale_of(found.magnitude)])}
     scale, zero = static_qparams(found, act.grid)
     return {"input_scale": scale} | ({} if act.grid.symmetric else {"input_zero_point": zero.to(torch.int8)})
 

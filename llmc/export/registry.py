@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .base import Exporter
 from .dense import FakeQuant, Transformed
+from .sglang import SGLang
+from .trtllm import TRTLLM
 from .vllm import VLLM
 
-EXPORTERS: tuple[type[Exporter], ...] = (VLLM, FakeQuant, Transformed)
+EXPORTERS: tuple[type[Exporter], ...] = (VLLM, SGLang, TRTLLM, FakeQuant, Transformed)

@@ -1,28 +1,33 @@
-"""compressed-tensors for vLLM: packed integers, or int8 and FP8 codes as computed.
+"""compressed-tensors for vLLM: packed integers, int8 and FP8 codes as computed, pairs of FP4 codes.
 
 Rules and names are those of vLLM 0.32's loader and of the compressed-tensors library, which also packs the codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import Fp8Grid, KvSpec, PerBlock, QuantSpec, Scheme, UnitRecord
+from ..quant import PerBlock, QuantSpec, Scheme, UnitRecord
 from .base import Exporter, Layer
-from .ct_layouts import Codes, Layout, Packed, input_nbytes, input_tensors
+from .ct_layouts import Codes, Layout, Packed, Pairs, input_nbytes, input_tensors
+from .shared import check_cache, check_fused
 from .vllm_rotations import check_rotations, transforms
-from .vllm_schemes import PACKED, config_groups, format_of, scheme_of
+from .vllm_schemes import MXFP4, NVFP4, PACKED, conditions, config_groups, format_of, scheme_of
 
 _DENSE, _SEVERAL = "dense", "mixed-precision"
-_INPUTS = ("input_scale", "input_zero_point")
+_INPUTS = ("input_scale", "input_zero_point", "input_global_scale")
+_LAYOUTS: dict[str, Layout] = {PACKED: Packed(), NVFP4: Pairs(), MXFP4: Pairs()}
 _CACHE_PARTS = ("k_scale", "v_scale")
 _CACHE_SCHEME = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
 # Routers of mixtures of experts aren't Linears in Transformers, but vLLM would ask for their scales.
@@ -30,34 +35,40 @@ _ROUTERS = (r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$")
 
 
 class VLLM(Exporter):
-    """Packed W4A16 and W8A16; W8A8 in integers and in FP8; and an FP8 KV cache with static scales."""
+    """Every scheme that vLLM loads from a compressed-tensors checkpoint; and an FP8 KV cache with static scales."""
 
     name = "save_vllm"
     folder = "vllm_quant_model"
+    backend: ClassVar[str] = "vLLM"
     mixes_schemes = True
     stores_group_index = False
     runs_rotations = True
 
     def check(self, layers: list[Layer]) -> list[str]:
-        """vLLM has kernels for few schemes, and runs Linears that it fuses with one."""
+        """The backend has kernels for few schemes, and runs Linears that it fuses with one."""
         turned = check_rotations(layers, self.kv)
-        if self.kv is not None:
-            _check_cache(self.kv)
+        check_cache(self.kv, self.backend, self.name)
         if not self.schemes:
             return self._of_cache_alone()
-        for scheme in dict.fromkeys(layer.scheme for layer in layers if layer.spec) or self.schemes:
-            format_of(_need_weight(scheme), scheme.act)
-        by_name = {layer.name: layer for layer in layers}
+        found = tuple(dict.fromkeys(layer.scheme for layer in layers if layer.spec)) or self.schemes
+        self.check_schemes(found)
+        check_fused(layers, self.backend)
         for layer in layers:
-            differing = [name for name in layer.fused if by_name[name].scheme != layer.scheme]
-            if differing:
-                raise ExportError(
-                    f"vLLM fuses {', '.join(layer.fused)}, but {layer.name} and {differing[0]} have different schemes",
-                    "quantize them alike, or ignore them together (quant.mix_bits, ignored_layers)",
-                )
-            _check_layer(layer)
-        packed = [layer for layer in layers if layer.spec and format_of(layer.spec, layer.act) == PACKED]
-        return turned + _slower(packed)
+            self._check_layer(layer)
+        return [*turned, *self.conditions(found), *self._slower(layers)]
+
+    def check_schemes(self, schemes: Sequence[Scheme]) -> None:
+        """Refuse schemes that the backend doesn't load.
+
+        Raises:
+            ExportError: the remedy names the nearest scheme that it does.
+        """
+        for scheme in schemes:
+            format_of(_need_weight(scheme), scheme.act)
+
+    def conditions(self, schemes: Sequence[Scheme]) -> list[str]:
+        """Under which conditions the backend runs schemes that it loads as they were evaluated."""
+        return [text for scheme in schemes for text in conditions(_need_weight(scheme), scheme.act)]
 
     def nbytes(self, layer: Layer) -> int:
         """Codes, scales and what else the format stores."""
@@ -95,8 +106,11 @@ class VLLM(Exporter):
             return None
         ours = self.scheme_of(name)
         scheme = scheme_of(_need_weight(ours), ours.act)
+        own = _own(tensors, name, _layout(ours))
+        if scheme.format == NVFP4:
+            return _in_float32(own, scheme)
         compressor = BaseCompressor.get_value_from_registry(scheme.format)
-        dense: Tensor = compressor.decompress(_own(tensors, name, _layout(ours)), scheme)["weight"]
+        dense: Tensor = compressor.decompress(own, scheme)["weight"]
         return dense
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
@@ -122,14 +136,52 @@ class VLLM(Exporter):
     def _of_cache_alone(self) -> list[str]:
         if self.kv is None:
             raise ExportError(
-                "save_vllm writes quantized weights, and this run quantizes none",
-                "write save_fake: vLLM loads that folder as it is, zeros included; or add quant.weight",
+                f"{self.name} writes quantized weights, and this run quantizes none",
+                f"write save_fake: {self.backend} loads that folder as it is, zeros included; or add quant.weight",
             )
         return []
 
+    def _check_layer(self, layer: Layer) -> None:
+        """Refuse shapes that the backend can't load."""
+        if layer.spec is None:
+            return
+        whole = 32 // gcd(32, layer.spec.bits)
+        if not layer.spec.symmetric and layer.rows % whole:
+            raise ExportError(
+                f"{layer.name}: {layer.rows} rows of zero points can't be packed by {whole} ({self.name})",
+                "use symmetric: true, or write save_fake, which Transformers loads",
+            )
+        if len(layer.fused) > 1 and _splits_blocks(layer.rows, layer.spec):
+            raise ExportError(
+                f"{layer.name}: blocks don't divide its {layer.rows} rows, and {self.backend} fuses it ({self.name})",
+                "use granularity: per_channel, or write save_fake, which Transformers loads",
+            )
+
+    def _slower(self, layers: Sequence[Layer]) -> list[str]:
+        """A warning of packed Linears whose shape the fastest kernel doesn't take."""
+        packed = [x for x in layers if x.spec and x.act is None and format_of(x.spec, None) == PACKED]
+        odd = sorted(
+            {f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}" for x in packed if x.columns % 128 or x.rows % 64}
+        )
+        if not odd:
+            return []
+        return [
+            f"{self.backend}'s fastest GPU kernel (Marlin) wants in % 128 = 0 and out % 64 = 0; it uses another for "
+            f"{', '.join(odd)}"
+        ]
+
 
 def _layout(scheme: Scheme) -> Layout:
-    return Packed() if format_of(_need_weight(scheme), scheme.act) == PACKED else Codes()
+    return _LAYOUTS.get(format_of(_need_weight(scheme), scheme.act), Codes())
+
+
+def _in_float32(own: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
+    """The library's decompression of NVFP4 without its rounding of the products to bfloat16."""
+    packed, scale = own["weight_packed"], own["weight_scale"].float()
+    codes = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], dtype=torch.float32)
+    whole = own["weight_global_scale"]
+    dense: Tensor = dequantize(x_q=codes, scale=scale, args=scheme.weights, global_scale=whole, dtype=torch.float32)
+    return dense
 
 
 def _own(tensors: Mapping[str, Tensor], name: str, layout: Layout) -> dict[str, Tensor]:
@@ -143,44 +195,6 @@ def _need_weight(scheme: Scheme) -> QuantSpec:
     return scheme.weight
 
 
-def _check_layer(layer: Layer) -> None:
-    """Refuse what vLLM can't load of one Linear."""
-    if layer.spec is None:
-        return
-    if not layer.spec.symmetric and layer.rows % 8:
-        raise ExportError(
-            f"{layer.name}: {layer.rows} rows of zero points can't be packed by 8 (save_vllm)",
-            "use symmetric: true, or write save_fake, which Transformers loads",
-        )
-    if len(layer.fused) > 1 and _splits_blocks(layer.rows, layer.spec):
-        raise ExportError(
-            f"{layer.name}: blocks don't divide its {layer.rows} rows, and vLLM fuses it (save_vllm)",
-            "use granularity: per_channel, or write save_fake, which Transformers loads",
-        )
-
-
-def _check_cache(kv: KvSpec) -> None:
-    fp8 = isinstance(kv.grid, Fp8Grid) and kv.grid.dtype == torch.float8_e4m3fn
-    if not (fp8 and kv.static and kv.grid.scale_dtype == torch.float32):
-        raise ExportError(
-            f"vLLM has no KV cache such as quant.kvcache asks for ({kv.describe()}; save_vllm)",
-            "use method: Naive, bit: e4m3, symmetric: True, granularity: per_tensor, static: True; "
-            "or keep it for the evaluation and write save_fake",
-        )
-
-
 def _splits_blocks(rows: int, spec: QuantSpec) -> bool:
     """Whether the rows of the next fused Linear would begin within a block."""
     return isinstance(spec.granularity, PerBlock) and rows % spec.granularity.size != 0
-
-
-def _slower(layers: list[Layer]) -> list[str]:
-    """A warning of packed Linears whose shape the fastest kernel doesn't take."""
-    odd = sorted(
-        {f"{x.name.rpartition('.')[2]} {x.rows}x{x.columns}" for x in layers if x.columns % 128 or x.rows % 64}
-    )
-    if not odd:
-        return []
-    return [
-        f"vLLM's fastest GPU kernel (Marlin) wants in % 128 = 0 and out % 64 = 0; it uses another for {', '.join(odd)}"
-    ]

@@ -3,7 +3,7 @@
 from .activations import ActSpec, InputRange, fake_quantize_inputs, static_qparams
 from .affine import fake_quantize_weight, group_qparams, quantize, quantize_weight
 from .clusters import ClusterGrid, ClusterQuantizer, cluster_extremes, cluster_qparams
-from .floats import bind_global_scale
+from .floats import bind_global_scale, global_scale_of
 from .groups import from_groups, over_rows, to_groups
 from .kv import CacheScheme, Fp8Grid, IntGrid, KvCache, KvRanges, KvSpec, cache_qparams
 from .linear import InputQuantizer
@@ -71,6 +71,7 @@ __all__ = [
     "fake_quantize_inputs",
     "fake_quantize_weight",
     "from_groups",
+    "global_scale_of",
     "group_qparams",
     "lowest",
     "over_rows",

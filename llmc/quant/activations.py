@@ -26,6 +26,11 @@ class InputRange:
     lo: float
     hi: float
 
+    @property
+    def magnitude(self) -> float:
+        """The larger of its ends' magnitudes, of which NVFP4's global scale is."""
+        return max(-self.lo, self.hi)
+
 
 @dataclass(frozen=True)
 class ActSpec:
@@ -85,6 +90,6 @@ def fake_quantize_inputs(inputs: Tensor, spec: ActSpec, found: InputRange | None
         if not grid.is_nvfp4:
             scale, zero = (part.to(inputs.device) for part in static_qparams(found, grid))
             return fake_quantize(inputs, scale, zero, grid).to(inputs.dtype)
-        grid = replace(grid, global_scale=global_scale_of(max(-found.lo, found.hi)))
+        grid = replace(grid, global_scale=global_scale_of(found.magnitude))
     tokens = inputs.reshape(-1, inputs.shape[-1])
     return fake_quantize_weight(tokens, grid).reshape(inputs.shape).to(inputs.dtype)

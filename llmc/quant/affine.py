@@ -24,7 +24,8 @@ def qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     lo, hi = lo.float().clamp(max=0), hi.float().clamp(min=0)
     levels = spec.qmax - spec.qmin
     if spec.grid != "int":
-        scale = scale_of(torch.maximum(-lo, hi), spec)
+        found = torch.maximum(-lo, hi)
+        scale = scale_of(found if spec.shared_range is None else torch.full_like(found, spec.shared_range), spec)
     elif not spec.symmetric:
         scale = (hi - lo) / levels
     elif spec.sym_mode == "full":
@@ -109,7 +110,7 @@ def fake_quantize_weight(weight: Tensor, spec: QuantSpec) -> Tensor:
 
     NVFP4 without a global scale gets that of this weight.
     """
-    if spec.global_scale is None:
+    if spec.is_nvfp4 and spec.global_scale is None:
         spec = bind_global_scale(spec, [weight])
     groups = to_groups(weight, spec)
     rounded = fake_quantize(groups, *qparams(*find_ranges(groups, spec), spec), spec)
@@ -124,7 +125,7 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Ten
         spec: the grid. NVFP4 without a global scale gets that of this weight.
         qparams_: scale and zero point ``[out, groups]``, if they were found elsewhere (clipping).
     """
-    if spec.global_scale is None:
+    if spec.is_nvfp4 and spec.global_scale is None:
         spec = bind_global_scale(spec, [weight])
     scale, zero = group_qparams(weight, spec) if qparams_ is None else qparams_
     groups = to_groups(weight, spec)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .spec import Grid, QuantSpec
+from .spec import Grid, PerTensor, QuantSpec
 
 LARGEST: dict[str, float] = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
 """The largest value of each float grid."""
@@ -59,18 +59,30 @@ def global_scale_of(magnitude: float) -> float:
     """NVFP4's global scale of a tensor with the largest magnitude ``magnitude``: ``448 * 6 / magnitude`` in float32.
 
     All group scales are multiplied by it before they are rounded to e4m3, and divided by it when they are used: the
-    largest becomes 448.
+    largest becomes 448. Some formats store it, others its reciprocal. So it's a number that its float32 reciprocal's
+    reciprocal gives back, at most one digit beside the quotient.
     """
     largest = torch.tensor(magnitude, dtype=torch.float32).clamp(min=torch.finfo(torch.float32).tiny)
-    scale = float(LARGEST["e4m3"] * LARGEST["e2m1"] / largest)
+    scale = float((LARGEST["e4m3"] * LARGEST["e2m1"] / largest).reciprocal().reciprocal())
     return scale if scale < float("inf") else 1.0
 
 
 def bind_global_scale(spec: QuantSpec, weights: Sequence[Tensor]) -> QuantSpec:
-    """An NVFP4 spec with the global scale of these tensors together; any other spec as it is.
+    """A spec with what Linears that a backend runs as one (q, k and v; gate and up) have in common.
 
-    Linears that a backend fuses (q, k and v; gate and up) are to share one.
+    That is NVFP4's global scale, and the range of a float grid with one scale per tensor, of which a single tensor has
+    its own. Any other spec stays as it is.
+
+    Args:
+        spec: the grid, bound to other tensors or not yet.
+        weights: the tensors that are run as one.
     """
-    if not spec.is_nvfp4:
-        return spec
-    return replace(spec, global_scale=global_scale_of(max(float(weight.abs().max()) for weight in weights)))
+    if spec.is_nvfp4:
+        return replace(spec, global_scale=global_scale_of(_largest(weights)))
+    if spec.grid != "int" and isinstance(spec.granularity, PerTensor):
+        return replace(spec, shared_range=_largest(weights) if len(weights) > 1 else None)
+    return spec
+
+
+def _largest(weights: Sequence[Tensor]) -> float:
+    return max(float(weight.abs().max()) for weight in weights)

@@ -95,6 +95,9 @@ class QuantSpec:
         grid: ``int``, or a float format: FP8 ``e4m3`` (largest value 448) and ``e5m2`` (57344), FP4 ``e2m1`` (6).
         global_scale: NVFP4 only: what all scales of a tensor are multiplied by to fill the range of their dtype. None
             until ``bind_global_scale`` has seen the tensor.
+        shared_range: float grids with one scale per tensor only: the largest magnitude of all tensors that a backend
+            runs as one, from ``bind_global_scale``. It sets aside whatever range is found for one of them, since such
+            tensors have one scale. None: a tensor's own range counts.
 
     Raises:
         ValueError: a combination that no format has.
@@ -108,6 +111,7 @@ class QuantSpec:
     scale_dtype: torch.dtype = torch.float32
     grid: Grid = "int"
     global_scale: float | None = None
+    shared_range: float | None = None
 
     def __post_init__(self) -> None:
         if self.grid == "int" and not 2 <= self.bits <= 8:

@@ -90,6 +90,9 @@ def contains(message: str, *parts: str) -> None:
         ("quant.act={bit: 8, symmetric: true, granularity: per_token, static: true}", ["quant.act.gran", "per_tensor"]),
         ("quant.weight={bit: e2m1, symmetric: true, granularity: per_block}", ["quant.weight.block_size", "missing"]),
         ("save.save_autoawq=true", ["save.save_autoawq", "save_vllm"]),
+        ("save.trtllm_cfg={tp_size: 2, pp_size: 1}", ["save.trtllm_cfg", "trtllm-serve --tp_size"]),
+        ("save.save_trtllm=true", ["TensorRT-LLM has no method for W4 g32 asym", "save_trtllm", "group_size: 128"]),
+        ("quant.act={bit: 8, symmetric: true, granularity: per_token}", ["W4 g32 asym, A8 token sym", "symmetric"]),
         ("base.device=cuda:99", ["base.device", "cuda:99", "cpu"]),
         ("ignored_layers={layer_names: [w_proj]}", ["ignored_layers", "matches no layer", "--dry-run"]),
         ("model.type=Opt", ["model.type", "'Opt'", "'llama'", "'Llama'"]),
@@ -137,12 +140,11 @@ def test_a_group_size_that_divides_no_layer_names_the_layer_and_the_sizes_that_w
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        ("{bit: 3, symmetric: false, granularity: per_group, group_size: 32}", ["3-bit", "bit: 4 or 8"]),
         ("{bit: 4, symmetric: false, granularity: per_group, group_size: 16}", ["groups of 16", "32, 64, 128"]),
-        ("{bit: 8, symmetric: false, granularity: per_channel}", ["8 bits", "symmetric: true"]),
+        ("{bit: 8, symmetric: false, granularity: per_channel}", ["8-bit weights with zero points", "symmetric: true"]),
         ("{bit: 4, symmetric: true, granularity: per_tensor}", ["one scale per tensor", "per_channel"]),
     ],
-    ids=["3 bits", "group 16", "asymmetric 8 bits", "per tensor"],
+    ids=["group 16", "asymmetric 8 bits", "per tensor"],
 )
 def test_a_scheme_that_vllm_cannot_load(case, refused, weight, said):
     contains(refused(case(), f"quant.weight={weight}"), "vLLM", "save_vllm", "save_fake", "Transformers", *said)
@@ -167,8 +169,8 @@ FP8 = "{bit: e4m3, symmetric: true, granularity: per_channel}"
         (INT8, "{bit: e4m3, symmetric: true, granularity: per_token}", ["A8 e4m3 token", "bit: e4m3"]),
         (FP8, "{bit: e5m2, symmetric: true, granularity: per_token}", ["A8 e5m2 token", "bit: e4m3"]),
         (FP8, "{bit: e4m3, symmetric: true, granularity: per_group, group_size: 32}", ["A8 e4m3 g32", "per token"]),
-        ("{bit: mxfp4}", "{bit: mxfp4}", ["W4 mxfp4, A4 mxfp4", "bit: e4m3"]),
-        ("{bit: nvfp4}", "null", ["W4 nvfp4", "bit: e4m3"]),
+        ("{bit: mxfp8}", "null", ["W8 mxfp8", "act {bit: mxfp8}"]),
+        ("{bit: nvfp4}", "{bit: mxfp4}", ["W4 nvfp4, A4 mxfp4", "act {bit: nvfp4}"]),
     ],
 )  # fmt: skip
 def test_activations_that_vllm_cannot_load(case, refused, weight, act, said):
@@ -179,14 +181,13 @@ def test_activations_that_vllm_cannot_load(case, refused, weight, act, said):
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        ("{bit: e4m3, symmetric: true, granularity: per_tensor}", ["again where it fuses", "per_channel"]),
+        ("{bit: 4, symmetric: true, granularity: per_channel, scale_dtype: float32}", ["16 bits", "scale_dtype"]),
         ("{bit: 8, symmetric: true, granularity: per_channel, scale_dtype: bfloat16}", ["float32", "scale_dtype"]),
     ],
-    ids=["fp8 per tensor", "narrow scales"],
+    ids=["wide scales", "narrow scales"],
 )
-def test_eight_bit_weights_that_vllm_would_round_again(case, refused, weight, said):
-    act = "{bit: e4m3, symmetric: true, granularity: per_token}" if "e4m3" in weight else None
-    act = act or "{bit: 8, symmetric: true, granularity: per_token}"
+def test_scales_that_vllm_would_round_again(case, refused, weight, said):
+    act = "{bit: 8, symmetric: true, granularity: per_token}"
     contains(refused(case(), f"quant.weight={weight}", f"quant.act={act}"), "vLLM", "save_vllm", *said)
 
 

@@ -221,7 +221,7 @@ def test_the_dry_run_shows_each_scheme_and_the_summary_counts_all_bits(case, cap
             ["mlp.gate_proj", "mlp.up_proj", "same input", "A8 token asym"],
         ),
         ({"a": {"layer_name": ["q_proj"], "weight": G64}}, ["vLLM fuses", "q_proj", "k_proj", "quant.mix_bits"]),
-        ({"a": {"layer_name": ["o_proj"], "weight": {**W8, "bit": 3}}}, ["3-bit", "save_vllm"]),
+        ({"a": {"layer_name": ["o_proj"], "weight": {**W8, "symmetric": False}}}, ["8-bit", "save_vllm"]),
         ({"a": {"layer_name": ["o_proj"], "weight": {**G64, "group_size": 48}}}, ["group_size", "48", "o_proj"]),
         ({"a": {"layer_name": ["o_proj"], "weight": {**W8, "bit": "e3m2"}}}, ["mix_bits.a.weight.bit: e3m2"]),
     ],

@@ -22,6 +22,7 @@ from llmc.quant import (
     bind_global_scale,
     fake_quantize_weight,
     from_groups,
+    global_scale_of,
     over_rows,
     quantize_weight,
     to_groups,
@@ -195,3 +196,29 @@ def test_what_no_format_has_is_no_spec(wrong):
 )
 def test_descriptions(name, said):
     assert SCHEMES[name][0].describe() == said
+
+
+@pytest.mark.parametrize("exponent", [-20, -3, 0, 5])
+def test_the_reciprocal_of_a_global_scale_tells_the_scale(exponent):
+    generator = torch.Generator().manual_seed(exponent + 100)
+    for magnitude in (torch.rand(200, generator=generator) + 0.5) * 2.0**exponent:
+        whole = torch.tensor(global_scale_of(float(magnitude)))
+        assert torch.equal(whole.reciprocal().reciprocal(), whole)
+        assert float(whole) == pytest.approx(448 * 6 / float(magnitude), rel=2e-7)
+
+
+def test_weights_that_are_run_as_one_share_the_scale_of_a_tensor():
+    spec = SCHEMES["fp8 tensor"][0]
+    left, right = torch.randn(8, 32), 3 * torch.randn(4, 32)
+    shared = bind_global_scale(spec, [left, right])
+    largest = max(float(left.abs().max()), float(right.abs().max()))
+    weights = [quantize_weight(weight, shared) for weight in (left, right)]
+    assert [float(weight.scale) for weight in weights] == [pytest.approx(largest / 448, rel=1e-6)] * 2
+    assert torch.equal(weights[0].scale, weights[1].scale)
+    assert torch.equal(fake_quantize_weight(left, shared), weights[0].dequantize())
+    own = quantize_weight(left, spec)
+    assert float(own.scale) == pytest.approx(float(left.abs().max()) / 448, rel=1e-6)
+    assert bind_global_scale(shared, [left]) == spec
+    for name in ("fp8 channel", "fp8 group", "mxfp4"):
+        assert bind_global_scale(SCHEMES[name][0], [left, right]) == SCHEMES[name][0]
+    assert bind_global_scale(QuantSpec(8, True, PerTensor()), [left, right]).shared_range is None

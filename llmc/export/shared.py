@@ -1,0 +1,44 @@
+"""Rules that several backends share: Linears that are run as one, and the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import ExportError
+from ..quant import Fp8Grid, KvSpec
+from .base import Layer
+
+
+def check_fused(layers: Sequence[Layer], backend: str) -> None:
+    """Refuse different schemes in Linears that a backend runs as one.
+
+    Raises:
+        ExportError: names two of them.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    for layer in layers:
+        differing = [name for name in layer.fused if by_name[name].scheme != layer.scheme]
+        if differing:
+            raise ExportError(
+                f"{backend} fuses {', '.join(layer.fused)}, but {layer.name} and {differing[0]} have different schemes",
+                "quantize them alike, or ignore them together (quant.mix_bits, ignored_layers)",
+            )
+
+
+def check_cache(kv: KvSpec | None, backend: str, key: str) -> None:
+    """Refuse any quantized KV cache but FP8 with static scales per tensor.
+
+    Raises:
+        ExportError: names what would do.
+    """
+    if kv is None:
+        return
+    fp8 = isinstance(kv.grid, Fp8Grid) and kv.grid.dtype == torch.float8_e4m3fn
+    if not (fp8 and kv.static and kv.grid.scale_dtype == torch.float32):
+        raise ExportError(
+            f"{backend} has no KV cache such as quant.kvcache asks for ({kv.describe()}; {key})",
+            "use method: Naive, bit: e4m3, symmetric: True, granularity: per_tensor, static: True; "
+            "or keep it for the evaluation and write save_fake",
+        )
