@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from .autoawq import MLCLLM, AutoAWQ
+from .autogptq import AutoGPTQ
 from .base import Exporter
 from .dense import FakeQuant, Transformed
+from .lightllm import LightLLM
 from .vllm import VLLM
 
-EXPORTERS: tuple[type[Exporter], ...] = (VLLM, FakeQuant, Transformed)
+EXPORTERS: tuple[type[Exporter], ...] = (
+    VLLM,
+    AutoAWQ,
+    AutoGPTQ,
+    MLCLLM,
+    LightLLM,
+    FakeQuant,
+    Transformed,
+)
