@@ -17,14 +17,13 @@ from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQCon
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import PerGroup, QuantSpec, UnitRecord
+from ..quant import QuantSpec, UnitRecord
 from .base import Exporter, Layer, with_dtype
 from .vllm_schemes import PACKED, scheme_of
-from .word_layouts import AwqGemm, read_by, stored_by
+from .word_layouts import AwqGemm, group_size, needed, read_by, stored_by
 from .word_rules import WordRules, check_words
 
 _LAYOUT = AwqGemm()
-_WHOLE_ROW = -1
 
 
 class AutoAWQ(Exporter):
@@ -39,9 +38,9 @@ class AutoAWQ(Exporter):
 
     def check(self, layers: list[Layer]) -> list[str]:
         """One scheme, weights only; Linears that backends fuse are quantized together."""
-        check_words(self.rules, self.schemes, self.kv, layers)
+        warnings = check_words(self.rules, self.schemes, self.kv, layers)
         _check_names(self.name, layers)
-        return []
+        return warnings
 
     def nbytes(self, layer: Layer) -> int:
         """Words and scales."""
@@ -55,15 +54,15 @@ class AutoAWQ(Exporter):
 
     def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
         """Codes, scales and zero points."""
-        return UnitRecord(plain=tensors) if self.spec is None else read_by(_LAYOUT, tensors, self.spec, "qweight")
+        return read_by(_LAYOUT, tensors, needed(self.spec), "qweight")
 
     def independent(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
         """compressed-tensors' converter of such checkpoints, and its decompression."""
-        return None if self.spec is None else decompressed(tensors, name, self.spec)
+        return decompressed(tensors, name, needed(self.spec))
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's, to be run in float16: backends cast scales to the dtype that they run in."""
-        return awq_config(original, layers, self.spec)
+        return awq_config(original, layers, needed(self.spec))
 
     def serve(self, folder: Path) -> str:
         """vLLM's own server; the format is found in ``config.json``."""
@@ -103,14 +102,13 @@ class MLCLLM(AutoAWQ):
         )
 
 
-def awq_config(original: dict[str, Any], layers: list[Layer], spec: QuantSpec | None) -> dict[str, Any]:
+def awq_config(original: dict[str, Any], layers: list[Layer], spec: QuantSpec) -> dict[str, Any]:
     """``config.json`` of a folder in this layout, run in float16."""
     ignored = [layer.name for layer in layers if layer.spec is None]
-    group = spec.granularity.size if spec is not None and isinstance(spec.granularity, PerGroup) else _WHOLE_ROW
     quantization = {
         "quant_method": "awq",
         "bits": 4,
-        "group_size": group,
+        "group_size": group_size(spec),
         "zero_point": True,  # also of symmetric grids: without, vLLM has no fast kernel
         "version": "gemm",
         "modules_to_not_convert": ignored or None,

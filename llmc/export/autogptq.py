@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant import PerGroup, UnitRecord
+from ..quant import UnitRecord
 from .base import Exporter, Layer, with_dtype
-from .word_layouts import GptqV1, read_by, stored_by
+from .word_layouts import GptqV1, group_size, needed, read_by, stored_by
 from .word_rules import WordRules, check_words
 
 _LAYOUT = GptqV1()
@@ -32,8 +32,7 @@ class AutoGPTQ(Exporter):
 
     def check(self, layers: list[Layer]) -> list[str]:
         """One scheme, weights only; Linears that backends fuse are quantized together."""
-        check_words(_RULES, self.schemes, self.kv, layers)
-        return []
+        return check_words(_RULES, self.schemes, self.kv, layers)
 
     def nbytes(self, layer: Layer) -> int:
         """Words, scales and the index of groups."""
@@ -47,16 +46,16 @@ class AutoGPTQ(Exporter):
 
     def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
         """Codes and scales."""
-        return UnitRecord(plain=tensors) if self.spec is None else read_by(_LAYOUT, tensors, self.spec, "qweight")
+        return read_by(_LAYOUT, tensors, needed(self.spec), "qweight")
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's, to be run in float16: backends cast scales to the dtype that they run in."""
-        spec = self.spec
+        spec = needed(self.spec)
         quantization: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": "gptq",
-            "bits": None if spec is None else spec.bits,
-            "group_size": spec.granularity.size if spec is not None and isinstance(spec.granularity, PerGroup) else -1,
+            "bits": spec.bits,
+            "group_size": group_size(spec),
             "sym": True,
             "desc_act": False,
             "lm_head": False,

@@ -26,7 +26,7 @@ from ..quant import ActSpec, PerBlock, PerChannel, PerGroup, PerToken, QuantSpec
 from .autoawq import awq_config, decompressed
 from .base import Exporter, Layer
 from .ct_layouts import Layout
-from .word_layouts import AwqGemm, read_by, stored_by
+from .word_layouts import AwqGemm, needed, read_by, stored_by
 from .word_rules import (
     WordRules,
     check_no_cache,
@@ -122,17 +122,17 @@ class LightLLM(Exporter):
     def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
         """Codes and scales; of W8A8 the values."""
         route = self._route
-        if self.spec is None or route not in _LAYOUTS:
+        if route not in _LAYOUTS:
             return UnitRecord(plain=tensors)
-        return read_by(_LAYOUTS[route], tensors, self.spec, _MARKS[route])
+        return read_by(_LAYOUTS[route], tensors, needed(self.spec), _MARKS[route])
 
     def independent(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
         """compressed-tensors' readers of such checkpoints. W8A8 has been through LightLLM's own rule."""
         route = self._route
-        if self.spec is None or f"{name}.{_MARKS.get(route, '')}" not in tensors:
-            return None
         if route == "awq":
-            return decompressed(tensors, name, self.spec)
+            return decompressed(tensors, name, needed(self.spec))
+        if f"{name}.weight_scale_inv" not in tensors:
+            return None
         own = {f"{name}.{part}": tensors[f"{name}.{part}"] for part in Fp8Blocks.parts}
         dense: Tensor = FP8BlockDequantizer(dtype=torch.float32).process(own)[f"{name}.weight"]
         return dense
@@ -140,7 +140,7 @@ class LightLLM(Exporter):
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's with a ``quantization_config``; of W8A8 without one."""
         if self._route == "awq":
-            return awq_config(original, layers, self.spec)
+            return awq_config(original, layers, needed(self.spec))
         plain = {key: value for key, value in original.items() if key != "quantization_config"}
         if self._route == "w8a8":
             return plain

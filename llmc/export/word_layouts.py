@@ -14,7 +14,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
-from ..quant import QuantSpec, QWeight, UnitRecord
+from ..quant import PerGroup, QuantSpec, QWeight, UnitRecord
 from .ct_layouts import Layout
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -97,6 +97,18 @@ def read_by(layout: Layout, tensors: Mapping[str, Tensor], spec: QuantSpec, mark
     taken = {f"{name}.{part}" for name in names for part in layout.parts}
     plain = {name: tensor for name, tensor in tensors.items() if name not in taken}
     return UnitRecord(plain=plain, quantized={name: layout.read(parts, spec) for name, parts in own.items()})
+
+
+def needed(spec: QuantSpec | None) -> QuantSpec:
+    """The grid of a run in which something is quantized, as ``check`` has seen to."""
+    if spec is None:
+        raise ValueError("nothing is quantized")
+    return spec
+
+
+def group_size(spec: QuantSpec) -> int:
+    """What configurations call it: -1 for one scale a row."""
+    return spec.granularity.size if isinstance(spec.granularity, PerGroup) else -1
 
 
 def _interleaved(values: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class WordRules:
     ignores: bool = True
 
 
-def check_words(rules: WordRules, schemes: Sequence[Scheme], kv: KvSpec | None, layers: Sequence[Layer]) -> None:
+def check_words(rules: WordRules, schemes: Sequence[Scheme], kv: KvSpec | None, layers: Sequence[Layer]) -> list[str]:
     """Refuse what the format can't store, or its loaders don't load.
 
     Args:
@@ -43,6 +43,9 @@ def check_words(rules: WordRules, schemes: Sequence[Scheme], kv: KvSpec | None, 
         schemes: of the run; one, or none if nothing is quantized.
         kv: how the KV cache is quantized.
         layers: of all blocks.
+
+    Returns:
+        Warnings: what only some of its loaders load.
 
     Raises:
         ExportError: names the key or the layer, and the nearest that would do.
@@ -63,6 +66,7 @@ def check_words(rules: WordRules, schemes: Sequence[Scheme], kv: KvSpec | None, 
     check_fused(rules.save, layers)
     if not rules.ignores:
         check_none_ignored(rules.save, layers)
+    return _of_ignored(rules.save, layers)
 
 
 def check_something_quantized(save: str, schemes: Sequence[Scheme]) -> None:
@@ -103,6 +107,17 @@ def check_none_ignored(save: str, layers: Sequence[Layer]) -> None:
                 "a block is",
                 "remove ignored_layers and mix_bits settings with do_quant: False, or write save_vllm",
             )
+
+
+def _of_ignored(save: str, layers: Sequence[Layer]) -> list[str]:
+    """SGLang looks for the names of ignored Linears in the name of the fused one, and doesn't find them there."""
+    fused = [layer.name for layer in layers if layer.spec is None and len(layer.fused) > 1]
+    if not fused:
+        return []
+    return [
+        f"{save}: vLLM sees by itself that {fused[0]} isn't quantized, of Linears that it fuses; other loaders, such as "
+        "SGLang, look for the fused name and take it for quantized"
+    ]
 
 
 def _check_grid(rules: WordRules, spec: QuantSpec) -> None:

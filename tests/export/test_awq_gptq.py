@@ -257,7 +257,10 @@ def test_half_of_a_fused_pair_is_refused_and_a_whole_one_is_ignored(kind):
     with pytest.raises(ExportError, match=f"{Q} is quantized and {K} isn't") as error:
         exporter(kind, SYM4).check(layers(SYM4, None))
     assert "ignored_layers" in error.value.remedy
-    assert exporter(kind, SYM4).check(layers(None, None, SYM4)) == []
+    (warning,) = exporter(kind, SYM4).check(layers(None, None, SYM4))
+    assert Q in warning
+    assert "SGLang" in warning
+    assert exporter(kind, SYM4).check(layers(SYM4, SYM4, None)) == []
 
 
 def test_mlc_takes_no_ignored_linear_and_no_bias():
