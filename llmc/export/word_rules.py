@@ -115,8 +115,8 @@ def _of_ignored(save: str, layers: Sequence[Layer]) -> list[str]:
     if not fused:
         return []
     return [
-        f"{save}: vLLM sees by itself that {fused[0]} isn't quantized, of Linears that it fuses; other loaders, such as "
-        "SGLang, look for the fused name and take it for quantized"
+        f"{save}: vLLM sees by itself that {fused[0]} isn't quantized, of Linears that it fuses; other loaders, such "
+        "as SGLang, look for the fused name and take it for quantized"
     ]
 
 
