@@ -123,6 +123,7 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute)
     _check_online(online, exporters)
+    _check_model_type(model_config.model_type, exporters)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
@@ -256,6 +257,16 @@ def _check_online(online: Online, exporters: Sequence[Exporter]) -> None:
             "set online_rotate: False, and let AWQ even that input out: method [Quarot, Awq, GPTQ], "
             "special: {Awq: {layers: [down_proj]}}; or write save_vllm; or evaluate only",
         )
+
+
+def _check_model_type(model_type: str, exporters: Sequence[Exporter]) -> None:
+    for exporter in exporters:
+        if exporter.model_types is not None and model_type not in exporter.model_types:
+            raise ExportError(
+                f"{exporter.name}: its backend takes {', '.join(sorted(exporter.model_types))}, and this model is "
+                f"{model_type}",
+                f"leave out {exporter.name}; save_fake writes weights that any loader of the original model takes",
+            )
 
 
 def _texts(config: Config, tokenizer: Any, *, calibrate: bool) -> tuple[list[Tensor], list[Evaluation]]:

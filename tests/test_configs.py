@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(alphabet),
-        hidden_size=128,
+        hidden_size=256,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -85,6 +85,9 @@ class Exporter:
     runs_rotations: ClassVar[bool] = False
     """Whether its backend can rotate the input of a Linear while it runs; ``check`` says which."""
 
+    model_types: ClassVar[frozenset[str] | None] = None
+    """Architectures that its backend converts (``model_type`` of ``config.json``); None: no such limit is known."""
+
     def __init__(
         self,
         spec: QuantSpec | None,

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from .autoawq import MLCLLM, AutoAWQ
+from .autogptq import AutoGPTQ
 from .base import Exporter
 from .dense import FakeQuant, Transformed
+from .lightllm import LightLLM
 from .sglang import SGLang
 from .trtllm import TRTLLM
 from .vllm import VLLM
 
-EXPORTERS: tuple[type[Exporter], ...] = (VLLM, SGLang, TRTLLM, FakeQuant, Transformed)
+EXPORTERS: tuple[type[Exporter], ...] = (
+    VLLM,
+    SGLang,
+    TRTLLM,
+    AutoAWQ,
+    AutoGPTQ,
+    MLCLLM,
+    LightLLM,
+    FakeQuant,
+    Transformed,
+)
