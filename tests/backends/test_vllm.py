@@ -6,7 +6,7 @@ It computes in 16 bits, llmc in float32. Where this processor has no kernel, pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ CACHE = {"method": "Naive", "bit": "e4m3", "symmetric": True, "granularity": "pe
 
 @dataclass(frozen=True)
 class Case:
-    """A run, by its section ``quant``, and the folders of it that vLLM is to load."""
+    """A run, by its section ``quant``, and the folder of it that vLLM is to load."""
 
     quant: Mapping[str, Any]
-    folders: tuple[str, ...] = ("vllm",)
+    kind: str = "vllm"
     tolerance: float = 0.02  # of the mean log-probability, about -3
     data: bool = False
 
@@ -42,6 +42,8 @@ class Case:
 CASES = {
     "W4A16 in groups, symmetric": Case({"weight": {"bit": 4, "symmetric": True, **GROUPS}}),
     "W4A16 in groups, zero points": Case({"weight": {"bit": 4, "symmetric": False, **GROUPS}}),
+    "AutoAWQ": Case({"weight": {"bit": 4, "symmetric": False, **GROUPS}}, "autoawq"),
+    "GPTQ": Case({"weight": {"bit": 4, "symmetric": True, **GROUPS}}, "autogptq"),
     "W4A16 a row": Case({"weight": {"bit": 4, "symmetric": False, "granularity": "per_channel"}}, tolerance=0.05),
     "W8A8 dynamic": Case(W8A8, tolerance=0.03),
     "W8A8 with an FP8 cache": Case({**W8A8, "kvcache": CACHE}, tolerance=0.03, data=True),
@@ -55,12 +57,15 @@ CASES = {
 }
 
 
+DTYPES = {"vllm": "bfloat16", "autoawq": "float16", "autogptq": "float16"}  # those of the scales
+
+
 @dataclass(frozen=True)
 class Scored:
-    """What a case's model was evaluated with in its run, and what vLLM says of each folder."""
+    """What a case's model was evaluated with in its run, and what vLLM says of its folder."""
 
     evaluated: float
-    results: Mapping[str, VllmResult]
+    result: VllmResult
 
 
 def run(case: Case, folder: Path) -> float:
@@ -77,7 +82,7 @@ def run(case: Case, folder: Path) -> float:
             "eval_pos": ["fake_quant_wo_kv" if "kvcache" in case.quant else "fake_quant"],
         },
         "quant": {"method": "RTN", **case.quant},
-        "save": {"save_path": str(folder), **{f"save_{name}": True for name in case.folders}},
+        "save": {"save_path": str(folder), f"save_{case.kind}": True},
     }
     if case.data:
         calib = {"path": text("valid"), "n_samples": 2, "seq_len": 128, "preproc": "sequential"}
@@ -87,7 +92,7 @@ def run(case: Case, folder: Path) -> float:
 
 
 @pytest.fixture(scope="session")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scored]:
+def scored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scored]:
     """All cases, compressed one after another and scored by one vLLM."""
     root = tmp_path_factory.mktemp("vllm")
     python = vllm_python()
@@ -96,23 +101,18 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scored]:
     tokens = tokenizer(Path(text("test")).read_text()[:20_000], add_special_tokens=False).input_ids
     chunks = [tokens[LENGTH * index : LENGTH * (index + 1)] for index in range(CHUNKS)]
     jobs = [
-        VllmJob(f"{name}/{kind}", root / name / f"{kind}_quant_model", chunks, [PROMPT], 8)
+        VllmJob(name, root / name / f"{case.kind}_quant_model", chunks, [PROMPT], 8, DTYPES[case.kind])
         for name, case in CASES.items()
-        for kind in case.folders
     ]
     results = {result.name: result for result in run_vllm(jobs, python)}
 
-    def of(name: str) -> Scored:
-        return Scored(evaluated[name], {kind: results[f"{name}/{kind}"] for kind in CASES[name].folders})
-
-    return of
+    return {name: Scored(evaluated[name], results[name]) for name in CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_vllm_gives_text_the_probability_that_was_evaluated(scored: Callable[[str], Scored], name: str) -> None:
-    found = scored(name)
-    for kind, result in found.results.items():
-        assert result.error is None, f"{kind}: {result.error}"
-        assert -result.nll == pytest.approx(found.evaluated, abs=CASES[name].tolerance), kind
-        assert result.n_tokens == CHUNKS * (LENGTH - 1)
-        assert "Paris" in result.samples[0] or "capital" in result.samples[0], result.samples
+def test_vllm_gives_text_the_probability_that_was_evaluated(scored: dict[str, Scored], name: str) -> None:
+    found, result = scored[name], scored[name].result
+    assert result.error is None, result.error
+    assert -result.nll == pytest.approx(found.evaluated, abs=CASES[name].tolerance)
+    assert result.n_tokens == CHUNKS * (LENGTH - 1)
+    assert "Paris" in result.samples[0] or "capital" in result.samples[0], result.samples
