@@ -3,5 +3,15 @@
 from .base import Exporter, Layer, copy_side_files, read_config, with_own_head
 from .check import check_shard
 from .registry import EXPORTERS
+from .trtllm_check import check_trtllm
 
-__all__ = ["EXPORTERS", "Exporter", "Layer", "check_shard", "copy_side_files", "read_config", "with_own_head"]
+__all__ = [
+    "EXPORTERS",
+    "Exporter",
+    "Layer",
+    "check_shard",
+    "check_trtllm",
+    "copy_side_files",
+    "read_config",
+    "with_own_head",
+]
