@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -24,11 +25,19 @@ examples:
   python -m llmc --config run.yml
       run it; after a crash or a kill the same command goes on where it was
 
+further commands, each with a --help of its own:
+  python -m llmc export --from ./out --to fake
+      write another format of a finished run, without calibrating again
+
 An error in the configuration or the input ends with code 2 and one message that says what to do."""
+
+_EXPORT = """\
+Write further formats of a finished run, from the codes and scales that it stored: nothing is calibrated again, and the
+files are those that the run would have written."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """The arguments of a run."""
     made = argparse.ArgumentParser(
         "python -m llmc",
         description=_DESCRIPTION,
@@ -56,11 +65,34 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def export_parser() -> argparse.ArgumentParser:
+    """The arguments of ``export``."""
+    made = argparse.ArgumentParser("python -m llmc export", description=_EXPORT)
+    made.add_argument("--from", required=True, type=Path, dest="run", metavar="RUN", help="save_path of a finished run")
+    made.add_argument(
+        "--to",
+        required=True,
+        nargs="+",
+        dest="targets",
+        metavar="FORMAT",
+        help="keys save_* without save_, such as fake",
+    )
+    made.add_argument("--model", metavar="FOLDER", help="the original model, if it isn't any more where the run had it")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
-    given = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["export"]:
+        return _guarded(_export, export_parser().parse_args(given[1:]))
+    return _guarded(_main, parser().parse_args(given))
+
+
+def _guarded(command: Callable[[Any], int], given: Any) -> int:
+    """Errors that are the user's to mend become one message and code 2."""
     try:
-        return _main(given)
+        return command(given)
     except LlmcError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
@@ -92,4 +124,15 @@ def _main(given: Any) -> int:
     with console.progress() as listener:
         result = run(prepared, listener)
     console.summary(result)
+    return 0
+
+
+def _export(given: Any) -> int:
+    from .exporting import export
+    from .report.console import Console
+
+    done = export(given.run, given.targets, given.model)
+    console = Console()
+    console.warn(done.warnings)
+    console.exported(done)
     return 0

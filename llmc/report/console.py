@@ -13,6 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..export import Exporter, Layer
+    from ..exporting import Exported
     from ..plan import Estimate
     from ..run import Result
 
@@ -32,6 +33,12 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def _size(original: int, output: Mapping[str, Any]) -> str:
+    """Size of a written folder, beside the original's weights, and the bits of a weight in its files."""
+    size, bits = output["bytes"], output["bits_per_weight"]
+    return f"{human(original)} -> {human(size)} ({size / original:.0%}), {bits:.2f} bits per weight"
 
 
 class ProgressListener:
@@ -124,9 +131,7 @@ class Console:
         facts: dict[str, str] = {}
         original = metrics["model"]["bytes"]
         for name, output in result.outputs.items():
-            facts[f"size ({name})"] = (
-                f"{human(original)} -> {human(output['bytes'])} ({output['bytes'] / original:.0%})"
-            )
+            facts[f"size ({name})"] = _size(original, output)
         if metrics["kv_scheme"] is not None:
             facts["bits per key and value"] = f"{metrics['kv_scheme']['bits_per_element']:.2f} in the KV cache"
         if metrics["bits_per_weight"] is not None:
@@ -154,6 +159,16 @@ class Console:
         if result.save_path is not None:
             facts["all numbers"] = str(result.save_path / "metrics.json")
         for name, output in result.outputs.items():
+            facts[f"use ({name})"] = output["serve"]
+        self._facts(facts)
+
+    def exported(self, done: Exported) -> None:
+        """What was made from a finished run."""
+        self._rich.print("\n[bold green]Done[/]")
+        facts = {"codes and scales": f"{done.source} (read, not computed again)"}
+        for name, output in done.outputs.items():
+            facts[f"size ({name})"] = _size(done.original_bytes, output)
+            facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
 
