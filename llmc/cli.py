@@ -28,12 +28,19 @@ examples:
 further commands, each with a --help of its own:
   python -m llmc export --from ./out --to fake
       write another format of a finished run, without calibrating again
+  python -m llmc verify ./out/vllm_quant_model --against ./out/fake_quant_model
+      look whether a written or fetched folder is whole and holds what it should
 
 An error in the configuration or the input ends with code 2 and one message that says what to do."""
 
 _EXPORT = """\
 Write further formats of a finished run, from the codes and scales that it stored: nothing is calibrated again, and the
 files are those that the run would have written."""
+
+_VERIFY = """\
+Look at a folder of a model, written by llmc or by others: its files, every tensor's name, shape and dtype, scales and
+zero points, and, against another folder, the values. Ends with 0 if it's clean, 1 if something was found, and 2 if
+it can't be judged."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,11 +88,28 @@ def export_parser() -> argparse.ArgumentParser:
     return made
 
 
+def verify_parser() -> argparse.ArgumentParser:
+    """The arguments of ``verify``."""
+    made = argparse.ArgumentParser("python -m llmc verify", description=_VERIFY)
+    made.add_argument("folder", type=Path, metavar="FOLDER", help="a model's folder, or a GGUF file")
+    made.add_argument(
+        "--against",
+        type=Path,
+        metavar="MODEL",
+        help="compare values and side files: save_fake's folder, or the original",
+    )
+    made.add_argument("--load", choices=("transformers", "vllm"), help="load it and let it continue a prompt")
+    made.add_argument("--text", type=Path, metavar="FILE", help="with --load: measure the perplexity on this text")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["export"]:
         return _guarded(_export, export_parser().parse_args(given[1:]))
+    if given[:1] == ["verify"]:
+        return _guarded(_verify, verify_parser().parse_args(given[1:]))
     return _guarded(_main, parser().parse_args(given))
 
 
@@ -136,3 +160,12 @@ def _export(given: Any) -> int:
     console.warn(done.warnings)
     console.exported(done)
     return 0
+
+
+def _verify(given: Any) -> int:
+    from .report.console import Console
+    from .verify import verify
+
+    report = verify(given.folder, given.against, load=given.load, text=given.text)
+    Console().verified(report)
+    return report.exit_code

@@ -82,11 +82,11 @@ def export(run: Path, targets: Sequence[str], model: str | None = None) -> Expor
             job.exporter.name: sink.write(unit, job.convert(record)) for job, sink in zip(jobs, sinks, strict=True)
         }
         rows.append({"kind": "unit", "unit": unit, "outputs": written})
-    outputs = {}
+    outputs, workspace = {}, Workspace(run, "add", {})
     config = stored_config(finished.prepared, finished.selection)
     for job, sink in zip(jobs, sinks, strict=True):
         layers = kept_layers(job.layers, finished.selection)
-        output = Workspace.finish_output(job.exporter, sink, finished.prepared.folder, config, layers, rows)
+        output = workspace.finish_output(job.exporter, sink, finished.prepared.folder, config, layers, rows)
         outputs[job.exporter.name] = metrics["outputs"][job.exporter.name] = output
     write_json(run / METRICS, metrics)
     return Exported(outputs, finished.source.folder, metrics["model"]["bytes"], warnings)

@@ -64,11 +64,11 @@ class Workspace:
 
     Args:
         path: the folder.
-        on_existing: what to do if it holds something.
+        on_existing: what to do if it holds something; ``add`` an output to what a finished run wrote.
         fingerprint: named digests of everything that the result depends on.
     """
 
-    def __init__(self, path: Path, on_existing: OnExisting, fingerprint: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, on_existing: OnExisting | Literal["add"], fingerprint: Mapping[str, str]) -> None:
         self.path, self.state = path, path / STATE
         self._fingerprint = dict(fingerprint)
         self._clear = on_existing == "overwrite"
@@ -77,7 +77,7 @@ class Workspace:
         content = {entry.name for entry in path.iterdir()} if path.exists() else set()
         if self._clear:
             self._check_only_ours(content)
-        elif content:
+        elif content and on_existing != "add":
             self._check_resumable(content, on_existing)
 
     def _check_only_ours(self, content: set[str]) -> None:
@@ -145,8 +145,8 @@ class Workspace:
             sync_folder(self.state)
             shutil.rmtree(self.state)
 
-    @staticmethod
     def finish_output(
+        self,
         exporter: Exporter,
         sink: Sink,
         source: Path,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Rich
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from ..exporting import Exported
     from ..plan import Estimate
     from ..run import Result
+    from ..verify import Report
+
+
+_MOST_FINDINGS = 40
 
 
 def human(size: float) -> str:
@@ -171,6 +176,24 @@ class Console:
             facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
+
+    def verified(self, report: Report) -> None:
+        """What was looked at, and each finding on a line of its own."""
+        for checked in report.checked:
+            self._rich.print(f"  {checked}", markup=False)
+        for note in report.notes:
+            self._rich.print(f"  note: {note}", markup=False)
+        for finding in report.findings[:_MOST_FINDINGS]:
+            self._rich.print(f"FOUND {finding}", markup=False)
+        more = len(report.findings) - _MOST_FINDINGS
+        if more > 0:
+            self._rich.print(f"... and {more} more")
+        if report.findings:
+            self._rich.print(f"\n[bold red]{len(report.findings)} findings[/]")
+        elif report.unjudged:
+            self._rich.print(f"\n[bold yellow]can't be judged:[/] {escape(report.unjudged)}")
+        else:
+            self._rich.print("\n[bold green]clean[/]")
 
     def _facts(self, facts: Mapping[str, str]) -> None:
         width = max(map(len, facts), default=0)
