@@ -101,13 +101,18 @@ class _Check:
         self._collect()
         self._check_names()
         self._check_fused()
-        quantized = sum(layout != DENSE for layout in self._layouts.values())
-        kinds = dict.fromkeys(layout.describe() for layout in self._layouts.values() if layout != DENSE)
-        self._report.checked.append(
-            f"tensors: {len(self._expected)} by name, shape and dtype; {quantized} of {len(self._layouts)} Linears and "
-            f"embeddings quantized{': ' if kinds else ''}{'; '.join(kinds)}"
-        )
+        self._tell()
         return self._result
+
+    def _tell(self) -> None:
+        """What was looked at."""
+        seen = len(self._expected.keys() & self._stored.entries.keys())
+        quantized = [layout.describe() for layout in self._layouts.values() if layout != DENSE]
+        kinds = f": {'; '.join(dict.fromkeys(quantized))}" if quantized else ""
+        self._report.checked.append(
+            f"tensors: {seen} by name, shape and dtype; {len(quantized)} of {len(self._layouts)} Linears and embeddings "
+            f"quantized{kinds}"
+        )
 
     def _plan(self, module: str, kind: str, shape: tuple[int, int]) -> None:
         """What is expected of a Linear or an embedding."""
