@@ -87,7 +87,7 @@ def anatomy(folder: Path) -> Anatomy:
         auto: Any = AutoModelForCausalLM
         with unheaped(), init_empty_weights(include_buffers=False):
             model: Any = auto.from_config(config)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as problem:
+    except Exception as problem:  # configurations and models of any family, each with errors of its own
         raise CheckpointError(
             f"{folder}/config.json can't be used: {problem}", "is it a causal language model?"
         ) from problem

@@ -36,8 +36,10 @@ def check_loading(folder: Path, backend: str, text: Path | None, report: Report)
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as problem:
-        report.found("tokenizer.json", "", f"Transformers can't load it: {problem}", "copy it from the original")
+    except Exception as problem:  # whatever a tokenizer raises on files that it can't use
+        report.found(
+            "tokenizer.json", "", f"Transformers can't load it: {_last(str(problem))}", "copy it from the original"
+        )
         return
     windows = None if text is None else _windows(tokenizer, text)
     if backend == "vllm":

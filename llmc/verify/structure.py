@@ -110,8 +110,8 @@ class _Check:
         quantized = [layout.describe() for layout in self._layouts.values() if layout != DENSE]
         kinds = f": {'; '.join(dict.fromkeys(quantized))}" if quantized else ""
         self._report.checked.append(
-            f"tensors: {seen} by name, shape and dtype; {len(quantized)} of {len(self._layouts)} Linears and embeddings "
-            f"quantized{kinds}"
+            f"tensors: {seen} by name, shape and dtype; {len(quantized)} of {len(self._layouts)} Linears and "
+            f"embeddings quantized{kinds}"
         )
 
     def _plan(self, module: str, kind: str, shape: tuple[int, int]) -> None:
