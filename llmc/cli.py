@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -24,11 +25,26 @@ examples:
   python -m llmc --config run.yml
       run it; after a crash or a kill the same command goes on where it was
 
+further commands, each with a --help of its own:
+  python -m llmc export --from ./out --to fake
+      write another format of a finished run, without calibrating again
+  python -m llmc verify ./out/vllm_quant_model --against ./out/fake_quant_model
+      look whether a written or fetched folder is whole and holds what it should
+
 An error in the configuration or the input ends with code 2 and one message that says what to do."""
+
+_EXPORT = """\
+Write further formats of a finished run, from the codes and scales that it stored: nothing is calibrated again, and the
+files are those that the run would have written."""
+
+_VERIFY = """\
+Look at a folder of a model, written by llmc or by others: its files, every tensor's name, shape and dtype, scales and
+zero points, and, against another folder, the values. Ends with 0 if it's clean, 1 if something was found, and 2 if
+it can't be judged."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """The arguments of a run."""
     made = argparse.ArgumentParser(
         "python -m llmc",
         description=_DESCRIPTION,
@@ -56,11 +72,51 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def export_parser() -> argparse.ArgumentParser:
+    """The arguments of ``export``."""
+    made = argparse.ArgumentParser("python -m llmc export", description=_EXPORT)
+    made.add_argument("--from", required=True, type=Path, dest="run", metavar="RUN", help="save_path of a finished run")
+    made.add_argument(
+        "--to",
+        required=True,
+        nargs="+",
+        dest="targets",
+        metavar="FORMAT",
+        help="keys save_* without save_, such as fake",
+    )
+    made.add_argument("--model", metavar="FOLDER", help="the original model, if it isn't any more where the run had it")
+    return made
+
+
+def verify_parser() -> argparse.ArgumentParser:
+    """The arguments of ``verify``."""
+    made = argparse.ArgumentParser("python -m llmc verify", description=_VERIFY)
+    made.add_argument("folder", type=Path, metavar="FOLDER", help="a model's folder, or a GGUF file")
+    made.add_argument(
+        "--against",
+        type=Path,
+        metavar="MODEL",
+        help="compare values and side files: save_fake's folder, or the original",
+    )
+    made.add_argument("--load", choices=("transformers", "vllm"), help="load it and let it continue a prompt")
+    made.add_argument("--text", type=Path, metavar="FILE", help="with --load: measure the perplexity on this text")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
-    given = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["export"]:
+        return _guarded(_export, export_parser().parse_args(given[1:]))
+    if given[:1] == ["verify"]:
+        return _guarded(_verify, verify_parser().parse_args(given[1:]))
+    return _guarded(_main, parser().parse_args(given))
+
+
+def _guarded(command: Callable[[Any], int], given: Any) -> int:
+    """Errors that are the user's to mend become one message and code 2."""
     try:
-        return _main(given)
+        return command(given)
     except LlmcError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 2
@@ -93,3 +149,23 @@ def _main(given: Any) -> int:
         result = run(prepared, listener)
     console.summary(result)
     return 0
+
+
+def _export(given: Any) -> int:
+    from .exporting import export
+    from .report.console import Console
+
+    done = export(given.run, given.targets, given.model)
+    console = Console()
+    console.warn(done.warnings)
+    console.exported(done)
+    return 0
+
+
+def _verify(given: Any) -> int:
+    from .report.console import Console
+    from .verify import verify
+
+    report = verify(given.folder, given.against, load=given.load, text=given.text)
+    Console().verified(report)
+    return report.exit_code

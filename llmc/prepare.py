@@ -83,8 +83,12 @@ class Prepared:
         return self.loaded.config
 
 
-def prepare(loaded: LoadedConfig) -> Prepared:
+def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     """Check the configuration against the checkpoint, the text and the backends. Reads headers and text, no weight.
+
+    Args:
+        loaded: the configuration.
+        with_texts: whether calibration and evaluation texts are wanted; if not, nor is the tokenizer.
 
     Raises:
         LlmcError: whatever would stop the run later.
@@ -122,15 +126,15 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     layers = make_layers(skeleton, entries, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute)
-    _check_online(online, exporters)
-    _check_model_type(model_config.model_type, exporters)
-    warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
+    warnings = check_exporters(recipe, online, exporters, layers, model_config.model_type)
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
-    _check_groups(recipe, exporters)
-    tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-    calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
-    _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
+    calib: list[Tensor] = []
+    evaluations: list[Evaluation] = []
+    if with_texts:
+        tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
+        calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
+        _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
     estimate = make_estimate(
         skeleton,
         entries,
@@ -235,6 +239,23 @@ def _check_clustered(config: Config, recipe: Recipe, skeleton: Skeleton) -> None
                 f"eval.eval_pos: fake_quant_wo_kv: {method} quantizes the KV cache with everything else",
                 "use fake_quant; without quant.act only weights are quantized",
             )
+
+
+def check_exporters(
+    recipe: Recipe, online: Online, exporters: Sequence[Exporter], layers: list[Layer], model_type: str
+) -> list[str]:
+    """Refuse what a format can't store or its backend can't load.
+
+    Returns:
+        Warnings: what it loads only under a condition.
+
+    Raises:
+        ExportError: says what, and what could be done.
+    """
+    _check_online(online, exporters)
+    _check_groups(recipe, exporters)
+    _check_model_type(model_type, exporters)
+    return [warning for exporter in exporters for warning in exporter.check(layers)]
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:

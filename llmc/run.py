@@ -313,9 +313,7 @@ def _finish_outputs(
     selection: BlockSelection,
 ) -> dict[str, dict[str, Any]]:
     outputs = {}
-    original = read_config(prepared.folder)
-    original = with_own_head(original) if prepared.frame is not None else original
-    original = selection.config(original, prepared.skeleton.model.config.get_text_config())
+    original = stored_config(prepared, selection)
     rows = [row for row in journal.rows if row["kind"] == "unit"]
     by_name = {exporter.name: exporter for exporter in prepared.exporters}
     for sink in sinks:
@@ -323,6 +321,13 @@ def _finish_outputs(
         if exporter is not None:
             outputs[exporter.name] = workspace.finish_output(exporter, sink, prepared.folder, original, layers, rows)
     return outputs
+
+
+def stored_config(prepared: Prepared, selection: BlockSelection) -> dict[str, Any]:
+    """``config.json`` of the model that is stored, before a format has its say."""
+    original = read_config(prepared.folder)
+    original = with_own_head(original) if prepared.frame is not None else original
+    return selection.config(original, prepared.skeleton.model.config.get_text_config())
 
 
 def peak_host_memory() -> int:

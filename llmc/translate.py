@@ -209,9 +209,23 @@ def make_exporters(
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    exporters = [kind for kind in EXPORTERS if kind.name in asked]
+    return exporters_of([kind for kind in EXPORTERS if kind.name in asked], recipe, layers, stored, compute)
+
+
+def exporters_of(
+    kinds: Sequence[type[Exporter]],
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    stored: torch.dtype,
+    compute: torch.dtype,
+) -> list[Exporter]:
+    """These formats for what a recipe makes.
+
+    Raises:
+        ExportError: a format has one scheme for all Linears, and ``quant.mix_bits`` asks for several.
+    """
     mixed = mixed_schemes(recipe, layers)
-    uniform = [kind.name for kind in exporters if mixed and not kind.mixes_schemes]
+    uniform = [kind.name for kind in kinds if mixed and not kind.mixes_schemes]
     if uniform:
         able = ", ".join(kind.name for kind in EXPORTERS if kind.mixes_schemes)
         raise ExportError(
@@ -219,7 +233,7 @@ def make_exporters(
         )
     act = recipe.act or recipe.clustered
     fused = {layer.name: layer.fused for layer in layers}
-    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed, fused) for kind in exporters]
+    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed, fused) for kind in kinds]
 
 
 def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:

@@ -54,16 +54,21 @@ def _differing_keys(left: Any, right: Any, path: str = "") -> list[str]:
     return [key for found in below for key in found]
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a folder holds a run that is to be gone on with."""
+    return (path / STATE / _FINGERPRINT).exists()
+
+
 class Workspace:
     """``save_path`` during a run.
 
     Args:
         path: the folder.
-        on_existing: what to do if it holds something.
+        on_existing: what to do if it holds something; ``add`` an output to what a finished run wrote.
         fingerprint: named digests of everything that the result depends on.
     """
 
-    def __init__(self, path: Path, on_existing: OnExisting, fingerprint: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, on_existing: OnExisting | Literal["add"], fingerprint: Mapping[str, str]) -> None:
         self.path, self.state = path, path / STATE
         self._fingerprint = dict(fingerprint)
         self._clear = on_existing == "overwrite"
@@ -72,7 +77,7 @@ class Workspace:
         content = {entry.name for entry in path.iterdir()} if path.exists() else set()
         if self._clear:
             self._check_only_ours(content)
-        elif content:
+        elif content and on_existing != "add":
             self._check_resumable(content, on_existing)
 
     def _check_only_ours(self, content: set[str]) -> None:
@@ -154,7 +159,7 @@ class Workspace:
         ``original`` is the configuration of the model that was stored, before its exporter has its say.
 
         Returns:
-            Its folder, size and number of tensors.
+            Its folder, size, bits per weight of the model (whole files of weights) and number of tensors.
 
         Raises:
             ExportError: a tensor of the original is missing.
@@ -162,22 +167,28 @@ class Workspace:
         remove_unfinished(sink.folder)
         copy_side_files(source, sink.folder)
         sink.write_index(rows)
-        names = {name for row in rows for name in row["outputs"][exporter.name]["names"]}
+        parts = [row["outputs"][exporter.name] for row in rows]
+        names = {name for part in parts for name in part["names"]}
         missing = [layer.name for layer in layers if not any(name.startswith(f"{layer.name}.") for name in names)]
         if missing:
             raise ExportError(f"{sink.folder}: nothing was written for {missing[0]}", "please report this")
-        gone = [row["outputs"][exporter.name]["file"] for row in rows]
-        gone = [file for file in gone if not (sink.folder / file).is_file()]
+        files = [sink.folder / part["file"] for part in parts]
+        gone = [file for file in files if not file.is_file()]
         if gone:
-            raise ExportError(
-                f"{sink.folder / gone[0]} was written and is gone", "start over with --set save.on_existing=overwrite"
-            )
+            raise ExportError(f"{gone[0]} was written and is gone", "start over with --set save.on_existing=overwrite")
         for name, content in exporter.extra_files(original, layers).items():
             write_json(sink.folder / name, content)
         write_json(sink.folder / CONFIG, exporter.config(original, layers))
         sync_folder(sink.folder)
         size = sum(entry.stat().st_size for entry in sink.folder.iterdir())
-        return {"folder": str(sink.folder), "bytes": size, "tensors": len(names), "serve": exporter.serve(sink.folder)}
+        stored = sum(file.stat().st_size for file in files)
+        return {
+            "folder": str(sink.folder),
+            "bytes": size,
+            "bits_per_weight": 8 * stored / sum(part["weights"] for part in parts),
+            "tensors": len(names),
+            "serve": exporter.serve(sink.folder),
+        }
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json`` and forget how we got here."""

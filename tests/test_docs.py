@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llmc.algorithms import ALGORITHMS, options_types
-from llmc.cli import parser
+from llmc.cli import export_parser, parser, verify_parser
 from llmc.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -47,9 +47,12 @@ def test_links_and_paths_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_command_lines_have_only_options_that_exist(page):
-    known = {option for action in parser()._actions for option in action.option_strings}
-    lines = re.findall(r"^.*\bllmc --config.*$", page.read_text(encoding="utf-8"), re.M)
+@pytest.mark.parametrize(
+    ("command", "made"), [("--config", parser), ("export", export_parser), ("verify", verify_parser)]
+)
+def test_command_lines_have_only_options_that_exist(page, command, made):
+    known = {option for action in made()._actions for option in action.option_strings}
+    lines = re.findall(rf"^.*\bllmc {command}.*$", page.read_text(encoding="utf-8"), re.M)
     assert {option for line in lines for option in re.findall(r"(?<!\S)--[\w-]+", line)} <= known
 
 

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algorithms": {"models", "quant", "linalg"},
     "export": {"quant"},
     "stream": {"models", "algorithms", "quant", "linalg"},
+    "verify": {"export", "eval", "quant", "stream"},
 }
 NO_TRANSFORMERS = {"quant", "linalg", "algorithms", "export", "config"}
 CONVERSION = {"transformers.core_model_loading", "transformers.conversion_mapping"}

@@ -27,10 +27,9 @@ def _names(value: object) -> object:
 
 
 Layers = Annotated[
-    tuple[str, ...] | None,
+    Annotated[tuple[str, ...], Field(min_length=1)] | None,
     BeforeValidator(_names),
     Field(
-        min_length=1,
         description="The Linears that it changes, such as [down_proj]; those that read one input (q, k, v; gate, up) "
         "belong together. By default all.",
     ),

@@ -5,7 +5,7 @@ from .affine import fake_quantize_weight, group_qparams, quantize, quantize_weig
 from .clusters import ClusterGrid, ClusterQuantizer, cluster_extremes, cluster_qparams
 from .floats import bind_global_scale, global_scale_of
 from .groups import from_groups, over_rows, to_groups
-from .kv import CacheScheme, Fp8Grid, IntGrid, KvCache, KvRanges, KvSpec, cache_qparams
+from .kv import CacheScheme, Fp8Grid, IntGrid, KvCache, KvRanges, KvSpec, cache_qparams, cache_scales
 from .linear import InputQuantizer
 from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, StaticMinMax
 from .qweight import QWeight
@@ -65,6 +65,7 @@ __all__ = [
     "UnitRecord",
     "bind_global_scale",
     "cache_qparams",
+    "cache_scales",
     "clipped_weight",
     "cluster_extremes",
     "cluster_qparams",

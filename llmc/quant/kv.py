@@ -274,6 +274,13 @@ def cache_qparams(grid: KvGrid, limits: tuple[float, float]) -> tuple[Tensor, Te
     return grid.qparams(lo, hi)
 
 
+def cache_scales(kv: KvSpec, ranges: KvRanges) -> dict[str, Tensor]:
+    """Scales of a static KV cache as checkpoints store them beside a layer's attention: ``k_scale``, ``v_scale``,
+    float32 ``[1]``."""
+    limits = {"k_scale": ranges.key, "v_scale": ranges.value}
+    return {name: cache_qparams(kv.grid, ends)[0].reshape(1) for name, ends in limits.items()}
+
+
 @dataclass(frozen=True)
 class KiviScheme:
     """Keys by channel, ``residual`` tokens at a time; values by token when ``residual`` are younger."""

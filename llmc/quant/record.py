@@ -27,3 +27,9 @@ class UnitRecord:
     quantized: dict[str, QWeight] = field(default_factory=dict)
     inputs: dict[str, InputRange] = field(default_factory=dict)
     cache: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """Number of the model's weights in it, quantized or not; scales are none."""
+        plain = sum(tensor.numel() for tensor in self.plain.values())
+        return plain + sum(weight.codes.numel() for weight in self.quantized.values())

@@ -8,13 +8,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as Rich
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
     from ..export import Exporter, Layer
+    from ..exporting import Exported
     from ..plan import Estimate
     from ..run import Result
+    from ..verify import Report
+
+
+_MOST_FINDINGS = 40
 
 
 def human(size: float) -> str:
@@ -32,6 +38,12 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def _size(original: int, output: Mapping[str, Any]) -> str:
+    """Size of a written folder, beside the original's weights, and the bits of a weight in its files."""
+    size, bits = output["bytes"], output["bits_per_weight"]
+    return f"{human(original)} -> {human(size)} ({size / original:.0%}), {bits:.2f} bits per weight"
 
 
 class ProgressListener:
@@ -124,9 +136,7 @@ class Console:
         facts: dict[str, str] = {}
         original = metrics["model"]["bytes"]
         for name, output in result.outputs.items():
-            facts[f"size ({name})"] = (
-                f"{human(original)} -> {human(output['bytes'])} ({output['bytes'] / original:.0%})"
-            )
+            facts[f"size ({name})"] = _size(original, output)
         if metrics["kv_scheme"] is not None:
             facts["bits per key and value"] = f"{metrics['kv_scheme']['bits_per_element']:.2f} in the KV cache"
         if metrics["bits_per_weight"] is not None:
@@ -156,6 +166,34 @@ class Console:
         for name, output in result.outputs.items():
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
+
+    def exported(self, done: Exported) -> None:
+        """What was made from a finished run."""
+        self._rich.print("\n[bold green]Done[/]")
+        facts = {"codes and scales": f"{done.source} (read, not computed again)"}
+        for name, output in done.outputs.items():
+            facts[f"size ({name})"] = _size(done.original_bytes, output)
+            facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
+            facts[f"use ({name})"] = output["serve"]
+        self._facts(facts)
+
+    def verified(self, report: Report) -> None:
+        """What was looked at, and each finding on a line of its own."""
+        for checked in report.checked:
+            self._rich.print(f"  {checked}", markup=False)
+        for note in report.notes:
+            self._rich.print(f"  note: {note}", markup=False)
+        for finding in report.findings[:_MOST_FINDINGS]:
+            self._rich.print(f"FOUND {finding}", markup=False)
+        more = len(report.findings) - _MOST_FINDINGS
+        if more > 0:
+            self._rich.print(f"... and {more} more")
+        if report.findings:
+            self._rich.print(f"\n[bold red]{len(report.findings)} findings[/]")
+        elif report.unjudged:
+            self._rich.print(f"\n[bold yellow]can't be judged:[/] {escape(report.unjudged)}")
+        else:
+            self._rich.print("\n[bold green]clean[/]")
 
     def _facts(self, facts: Mapping[str, str]) -> None:
         width = max(map(len, facts), default=0)

@@ -29,12 +29,11 @@ from ..quant import (
     ActSpec,
     InputRange,
     KvRanges,
-    KvSpec,
     QWeight,
     Scheme,
     UnitRecord,
     bind_global_scale,
-    cache_qparams,
+    cache_scales,
 )
 from .clustered import ClusteredBlock
 from .inputs import BlockInputs
@@ -393,14 +392,9 @@ class BlockWork:
             return {}
         linear = next(subset.linears[0] for subset in self.context.subsets if subset.reads == "heads")
         attention = self.weights.module(linear).rpartition(".")[0]
-        limits = {"k_scale": self.ranges.key, "v_scale": self.ranges.value}
-        return {f"{attention}.{name}": _scale(kv, ends) for name, ends in limits.items()}
+        return {f"{attention}.{name}": scale for name, scale in cache_scales(kv, self.ranges).items()}
 
 
 def _act_of(schemes: Mapping[str, Scheme]) -> ActSpec | None:
     """How a subset's input is rounded, by those of its Linears that round it: they agree."""
     return next((scheme.act for scheme in schemes.values() if scheme.act is not None), None)
-
-
-def _scale(kv: KvSpec, ends: tuple[float, float]) -> Tensor:
-    return cache_qparams(kv.grid, ends)[0].reshape(1)

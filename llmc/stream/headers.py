@@ -91,7 +91,7 @@ def read_headers(folder: Path) -> dict[str, TensorEntry]:
             f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}{hint}",
             "give the folder that holds the model's safetensors",
         )
-    weight_map = _read_index(folder / INDEX_FILE)
+    weight_map = read_index(folder / INDEX_FILE)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
@@ -138,8 +138,9 @@ def read_file_header(file: Path) -> dict[str, TensorEntry]:
         position += entry.nbytes
     if size != position:
         fault = "shorter" if size < position else "longer"
+        cut = next((f"; it ends within {entry.name}" for entry in entries if entry.offset + entry.nbytes > size), "")
         raise CheckpointError(
-            f"{file} is {fault} than its header says: {size} bytes, expected {position}",
+            f"{file} is {fault} than its header says: {size} bytes, expected {position}{cut}",
             "fetch the file again; the download may have been cut off",
         )
     return {entry.name: entry for entry in entries}
@@ -163,7 +164,12 @@ def headers_digest(entries: Mapping[str, TensorEntry]) -> str:
     return hashlib.sha256(json.dumps([rows, sizes], sort_keys=True).encode()).hexdigest()
 
 
-def _read_index(file: Path) -> dict[str, str]:
+def read_index(file: Path) -> dict[str, str]:
+    """The file of each tensor by ``model.safetensors.index.json``.
+
+    Raises:
+        CheckpointError: it isn't JSON, or places a tensor in something that isn't a file name.
+    """
     try:
         index = json.loads(file.read_bytes())
     except ValueError as error:

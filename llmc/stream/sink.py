@@ -74,6 +74,7 @@ class Sink:
                 "file": path.name,
                 "sha256": sha256(path),
                 "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+                "weights": record.weights,
                 "names": sorted(tensors),
             }
 
@@ -89,7 +90,16 @@ class Sink:
                 f"{path} is missing or isn't what the interrupted run wrote",
                 "start over with --set save.on_existing=overwrite",
             )
-        stored = load_file(path)
+        return self.load(unit)
+
+    def load(self, unit: str) -> UnitRecord:
+        """The record of a unit's shard, whoever wrote it.
+
+        Raises:
+            FileNotFoundError: there is none.
+            SafetensorError: it's damaged.
+        """
+        stored = load_file(self.shard(unit))
         if self._selection is not None:
             stored = {self._selection.original(name): tensor for name, tensor in stored.items()}
         return self.format.read(stored)

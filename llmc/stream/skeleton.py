@@ -7,6 +7,7 @@ compare what it loads with ``from_pretrained``, tensor for tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
@@ -53,6 +55,58 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             "give the original, unquantized checkpoint as model.path",
         )
     return config
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What a checkpoint of an architecture holds, by the checkpoint's own names.
+
+    Attributes:
+        shapes: of every tensor.
+        classes: class of the module that a ``.weight`` belongs to, by the module's name; the matrices of a mixture's
+            experts, which Transformers keeps in one tensor, count as ``Linear``.
+        tied: tensors that needn't be there, since others hold their values.
+        prefix: what names may begin with, or leave out.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    classes: Mapping[str, str]
+    tied: frozenset[str]
+    prefix: str
+
+
+def anatomy(folder: Path) -> Anatomy:
+    """What a checkpoint with this ``config.json`` holds before anything is quantized. No code of its own is run.
+
+    Raises:
+        CheckpointError: Transformers doesn't understand it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        config.__dict__.pop("quantization_config", None)
+        auto: Any = AutoModelForCausalLM
+        with unheaped(), init_empty_weights(include_buffers=False):
+            model: Any = auto.from_config(config)
+    except Exception as problem:  # configurations and models of any family, each with errors of its own
+        raise CheckpointError(
+            f"{folder}/config.json can't be used: {problem}", "is it a causal language model?"
+        ) from problem
+    state = model.state_dict()
+    own = {id(tensor): name for name, tensor in state.items()}
+    stored = revert_weight_conversion(model, state)
+    renamed = {own[id(tensor)]: name for name, tensor in stored.items() if id(tensor) in own}
+    classes = {
+        renamed[f"{name}.weight"].removesuffix(".weight"): "Linear"
+        if isinstance(module, nn.Linear)
+        else type(module).__name__
+        for name, module in model.named_modules()
+        if f"{name}.weight" in renamed
+    }
+    split = {name for name, tensor in stored.items() if id(tensor) not in own and tensor.ndim == 2}
+    classes |= {name.removesuffix(".weight"): "Linear" for name in split if name.endswith(".weight")}
+    tied = frozenset(renamed[name] for name in getattr(model, "all_tied_weights_keys", None) or {} if name in renamed)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    return Anatomy(shapes, classes, tied, f"{model.base_model_prefix}.")
 
 
 class Skeleton:

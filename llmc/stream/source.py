@@ -52,18 +52,27 @@ class BlockSource:
         tensors: dict[str, Tensor] = {}
         entries = sorted(self._units[unit], key=lambda entry: (str(entry.file), entry.offset))
         for entry in entries:
-            raw = own_memory(entry.nbytes)
-            with entry.file.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
-                if not _fill(file, raw.numpy().data):
-                    raise CheckpointError(
-                        f"{entry.file} ends within {entry.name}: it became shorter since the run began",
-                        "restore the file and run the same command, the run goes on from here",
-                    )
-            tensors[entry.name] = raw.view(entry.dtype).reshape(entry.shape)
+            tensors[entry.name] = read_tensor(entry)
             self.bytes_read += entry.nbytes
             self.reads[entry.name] = self.reads.get(entry.name, 0) + 1
         return tensors
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
+    """A tensor in its stored dtype, on the CPU.
+
+    Raises:
+        CheckpointError: its file ends early.
+    """
+    raw = own_memory(entry.nbytes)
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        if not _fill(file, raw.numpy().data):
+            raise CheckpointError(
+                f"{entry.file} ends within {entry.name}: it became shorter since the run began",
+                "restore the file and run the same command, the run goes on from here",
+            )
+    return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def _fill(file: FileIO, target: memoryview) -> bool:

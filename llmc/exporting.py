@@ -1,0 +1,373 @@
+"""Other formats of a finished run: written from the codes and scales that it stored, without calibrating again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .algorithms import Recipe, options_types
+from .config import load_config
+from .config.suggest import did_you_mean
+from .errors import ExportError, RunError
+from .export import EXPORTERS, Exporter, Layer, check_shard
+from .models import BlockSelection
+from .plan import original_bytes
+from .prepare import Prepared, check_exporters, prepare
+from .quant import InputRange, KvRanges, QWeight, Scheme, UnitRecord, cache_scales
+from .run import stored_config
+from .stream.files import sync_folder, write_json
+from .stream.sink import Sink
+from .stream.skeleton import EMBED, HEAD, block_unit
+from .surveying import kept_layers
+from .translate import exporters_of
+from .workspace import CONFIG, METRICS, Workspace, is_unfinished
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        outputs: for each format its folder, size and the command that serves it.
+        source: the folder that the codes were read from.
+        original_bytes: size of the original model's tensors.
+        warnings: what holds only under a condition.
+    """
+
+    outputs: dict[str, dict[str, Any]]
+    source: Path
+    original_bytes: int
+    warnings: list[str]
+
+
+def export(run: Path, targets: Sequence[str], model: str | None = None) -> Exported:
+    """Write further formats into the folder of a finished run, one shard in memory at a time.
+
+    The files are those that the run would have written itself. A folder is complete when it has a ``config.json``,
+    which comes last; one that isn't is begun anew.
+
+    Args:
+        run: the ``save_path`` of the run.
+        targets: keys of the section ``save``, with ``save_`` or without.
+        model: the original checkpoint, where it isn't any more where the run found it.
+
+    Raises:
+        LlmcError: the run isn't finished, holds no codes, or a format can't store them. Nothing has been written.
+    """
+    kinds = [_kind(name) for name in dict.fromkeys(targets)]
+    metrics = _read_metrics(run)
+    for kind in kinds:
+        if kind.name in metrics["outputs"]:
+            raise ExportError(f"{run / kind.folder} is there already", "remove the folder and its entry, or keep it")
+    finished = _Finished.read(run, metrics, model)
+    jobs = [_job(finished, kind) for kind in kinds]
+    warnings = [warning for job in jobs for warning in job.warnings]
+    for job in jobs:
+        job.check_scales(finished)
+    rows: list[dict[str, Any]] = []
+    sinks = [finished.sink(job.exporter) for job in jobs]
+    for sink in sinks:
+        _begin(sink.folder)
+    for unit in finished.units:
+        record = finished.record(unit)
+        written = {
+            job.exporter.name: sink.write(unit, job.convert(record)) for job, sink in zip(jobs, sinks, strict=True)
+        }
+        rows.append({"kind": "unit", "unit": unit, "outputs": written})
+    outputs, workspace = {}, Workspace(run, "add", {})
+    config = stored_config(finished.prepared, finished.selection)
+    for job, sink in zip(jobs, sinks, strict=True):
+        layers = kept_layers(job.layers, finished.selection)
+        output = workspace.finish_output(job.exporter, sink, finished.prepared.folder, config, layers, rows)
+        outputs[job.exporter.name] = metrics["outputs"][job.exporter.name] = output
+    write_json(run / METRICS, metrics)
+    return Exported(outputs, finished.source.folder, metrics["model"]["bytes"], warnings)
+
+
+def _kind(name: str) -> type[Exporter]:
+    known = {kind.name: kind for kind in EXPORTERS}
+    full = name if name.startswith("save_") else f"save_{name}"
+    if full not in known:
+        short = [key.removeprefix("save_") for key in known]
+        raise ExportError(
+            f"--to {name}: there is no such format{did_you_mean(name, short)}", f"there are {', '.join(short)}"
+        )
+    return known[full]
+
+
+def _read_metrics(run: Path) -> dict[str, Any]:
+    """``metrics.json`` of a finished run."""
+    again = "--from takes the save_path of a finished run"
+    if is_unfinished(run):
+        raise RunError(f"{run} holds a run that isn't finished", "run its command again, it goes on where it was")
+    try:
+        metrics = json.loads((run / METRICS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{run} has no {METRICS}", again) from None
+    except (ValueError, OSError) as problem:
+        raise RunError(f"{run / METRICS} can't be read: {problem}", again) from problem
+    if not isinstance(metrics, dict) or not {"config", "model", "outputs", "blocks"} <= metrics.keys():
+        raise RunError(f"{run / METRICS} isn't what a run writes", again)
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished run: what was known before it began, and what it left.
+
+    Attributes:
+        folder: its ``save_path``.
+        prepared: everything that follows from its configuration and the original's headers.
+        selection: the blocks that it kept.
+        rows: what ``metrics.json`` says of each of those.
+        source: a folder from which codes can be read.
+    """
+
+    folder: Path
+    prepared: Prepared
+    selection: BlockSelection
+    rows: Mapping[str, Mapping[str, Any]]
+    source: Sink
+
+    @classmethod
+    def read(cls, folder: Path, metrics: Mapping[str, Any], model: str | None) -> _Finished:
+        """Prepare the run's configuration again, and find a folder with codes.
+
+        Raises:
+            LlmcError: the original model is gone or another one, or no folder has codes.
+        """
+        prepared = _prepare(metrics, model)
+        dropped = (metrics["blocks_dropped"] or {"dropped": []})["dropped"]
+        selection = BlockSelection(len(prepared.skeleton.blocks), prepared.adapter.blocks, frozenset(dropped))
+        rows = {row["unit"]: row for row in metrics["blocks"]}
+        written = [kind for kind in EXPORTERS if kind.name in metrics["outputs"] and not kind.transformed_only]
+        for kind in written:
+            exporter = _exporter(kind, prepared, prepared.recipe, prepared.layers)
+            found = cls(folder, prepared, selection, rows, _sink(folder, exporter, selection))
+            if found.has_codes():
+                return found
+        raise ExportError(
+            f"{folder} holds no codes and scales, only {', '.join(metrics['outputs']) or 'numbers'}",
+            "formats are made from codes: run it again with what you need, such as save.save_vllm: True",
+        )
+
+    @property
+    def units(self) -> list[str]:
+        """Everything that has a shard, in order."""
+        return _units(self.selection)
+
+    def sink(self, exporter: Exporter) -> Sink:
+        """The folder of a format in this run's."""
+        return _sink(self.folder, exporter, self.selection)
+
+    def has_codes(self) -> bool:
+        """Whether the source's first block gives back the codes of all quantized Linears."""
+        unit = block_unit(self.selection.kept[0])
+        if not self.source.shard(unit).is_file():
+            return False
+        quantized = self._load(unit).quantized
+        return all(layer.name in quantized for layer, _ in self._block(unit) if layer.spec is not None)
+
+    def record(self, unit: str) -> UnitRecord:
+        """A unit as the run had it, with the ranges that it calibrated.
+
+        Raises:
+            RunError: its file is missing or damaged.
+            ExportError: it isn't a part of this model.
+        """
+        read, row = self._load(unit), self.rows.get(unit)
+        for name, weight in read.quantized.items():
+            shape = self.prepared.entries[f"{name}.weight"].shape
+            if tuple(weight.codes.shape) != shape:
+                raise ExportError(f"{name} has the shape {tuple(weight.codes.shape)}, not {shape}", _OTHER_MODEL)
+        if row is None:
+            return read
+        return replace(read, inputs=self._inputs(unit, row), cache=self._cache(unit, row))
+
+    def _load(self, unit: str) -> UnitRecord:
+        try:
+            return self.source.load(unit)
+        except (OSError, SafetensorError, KeyError) as problem:
+            raise RunError(
+                f"{self.source.shard(unit)} can't be read: {problem}",
+                f"python -m llmc verify {self.source.folder} says more; the run must be done again",
+            ) from problem
+
+    def _block(self, unit: str) -> list[tuple[Layer, str]]:
+        """The Linears of a block with the keys of their subsets."""
+        config = self.prepared.skeleton.model.config.get_text_config()
+        keys = [subset.key for subset in self.prepared.adapter.subsets(config) for _ in subset.linears]
+        start = int(unit.rpartition("-")[2]) * len(keys)
+        return list(zip(self.prepared.layers[start : start + len(keys)], keys, strict=True))
+
+    def _inputs(self, unit: str, row: Mapping[str, Any]) -> dict[str, InputRange]:
+        """Formats store what follows from a range; the range itself stands in ``metrics.json``."""
+        ranges = row["inputs"]
+        return {
+            layer.name: InputRange(*ranges[key])
+            for layer, key in self._block(unit)
+            if key in ranges and layer.act is not None
+        }
+
+    def _cache(self, unit: str, row: Mapping[str, Any]) -> dict[str, Tensor]:
+        kv, found = self.prepared.recipe.kv, row["cache_ranges"]
+        if kv is None or found is None:
+            return {}
+        config = self.prepared.skeleton.model.config.get_text_config()
+        key = next(subset.key for subset in self.prepared.adapter.subsets(config) if subset.reads == "heads")
+        linear = next(layer.name for layer, own in self._block(unit) if own == key)
+        scales = cache_scales(kv, KvRanges(tuple(found["key"]), tuple(found["value"])))
+        return {f"{linear.rpartition('.')[0]}.{name}": scale for name, scale in scales.items()}
+
+
+_OTHER_MODEL = "the model isn't the one that the run compressed: name that with --model"
+
+
+def _prepare(metrics: Mapping[str, Any], model: str | None) -> Prepared:
+    """The run's configuration once more, on the CPU, with its computing dtype and without its texts."""
+    config = json.loads(json.dumps(metrics["config"]))
+    config["model"] |= {"path": model or metrics["model"]["path"], "torch_dtype": metrics["model"]["computing_dtype"]}
+    config["base"] |= {"device": "cpu", "threads": None}
+    prepared = prepare(load_config(config, (), options_types()), with_texts=False)
+    found, wanted = original_bytes(prepared.entries), metrics["model"]["bytes"]
+    if found != wanted or len(prepared.skeleton.blocks) != metrics["model"]["blocks"]:
+        raise RunError(f"{prepared.folder} holds {found} bytes of weights, the run read {wanted}", _OTHER_MODEL)
+    return prepared
+
+
+def _units(selection: BlockSelection) -> list[str]:
+    return [EMBED, *(block_unit(index) for index in selection.kept), HEAD]
+
+
+def _sink(folder: Path, exporter: Exporter, selection: BlockSelection) -> Sink:
+    def check(path: Path, record: UnitRecord) -> None:
+        check_shard(path, exporter, record, selection.original)
+
+    return Sink(folder / exporter.folder, exporter, _units(selection), check, selection)
+
+
+def _exporter(kind: type[Exporter], prepared: Prepared, recipe: Recipe, layers: Sequence[Layer]) -> Exporter:
+    return exporters_of([kind], recipe, layers, prepared.stored, prepared.skeleton.model.dtype)[0]
+
+
+# --- one format ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A format to be written.
+
+    Attributes:
+        exporter: the format.
+        layers: the Linears with the grids as it stores them.
+        scale_dtype: the dtype that it wants of packed integers' scales, where the run has another; else None.
+        warnings: what its backend loads only under a condition.
+    """
+
+    exporter: Exporter
+    layers: list[Layer]
+    scale_dtype: torch.dtype | None
+    warnings: list[str] = field(default_factory=list)
+
+    def check_scales(self, finished: _Finished) -> None:
+        """Refuse scales that the format's dtype can't hold, before anything is written.
+
+        Raises:
+            ExportError: names one.
+        """
+        if self.scale_dtype is not None:
+            for unit in finished.units:
+                self.convert(finished.record(unit))
+
+    def convert(self, record: UnitRecord) -> UnitRecord:
+        """The record with scales in the format's dtype."""
+        if self.scale_dtype is None:
+            return record
+        moved = {name: self._moved(name, weight) for name, weight in record.quantized.items()}
+        return replace(record, quantized=moved)
+
+    def _moved(self, name: str, weight: QWeight) -> QWeight:
+        if not _is_packed(self.exporter.scheme_of(name)) or self.scale_dtype is None:
+            return weight
+        scale = weight.scale.to(self.scale_dtype)
+        wrong = scale.to(torch.float64) != weight.scale.to(torch.float64)
+        if bool(wrong.any()):
+            example = float(weight.scale[wrong][0])
+            wanted, stored = (str(dtype).removeprefix("torch.") for dtype in (self.scale_dtype, weight.scale.dtype))
+            raise ExportError(
+                f"{name}: {self.exporter.name} stores scales in {wanted}, which has no {example!r} ({stored}); "
+                "rounding it now would make another model than was evaluated",
+                f"next time set save.{self.exporter.name}: True, or quant.weight.scale_dtype: {wanted}, in the run",
+            )
+        return replace(weight, scale=scale, spec=replace(weight.spec, scale_dtype=self.scale_dtype))
+
+
+def _job(finished: _Finished, kind: type[Exporter]) -> _Job:
+    """Check a format against the run's schemes.
+
+    Raises:
+        ExportError: it can't store them.
+    """
+    prepared = finished.prepared
+    if kind.transformed_only and any(layer.spec is not None for layer in prepared.layers):
+        raise ExportError(
+            f"{kind.name} holds weights before they are rounded, and the run kept only what came out",
+            f"next time set {kind.name}: True in the run itself",
+        )
+    recipe, layers = prepared.recipe, prepared.layers
+    wanted = kind.scale_dtype
+    packed = {layer.spec.scale_dtype for layer in layers if layer.spec is not None and _is_packed(layer.scheme)}
+    warnings: list[str] = []
+    if wanted is None or packed <= {wanted}:
+        wanted = None
+    else:
+        recipe, layers = _with_scales(recipe, wanted), [_layer_with_scales(layer, wanted) for layer in layers]
+        warnings.append(
+            f"{kind.name}: the codes and scales are the run's; their products, which it evaluated in "
+            f"{_names(packed)}, are rounded to {_names({wanted})} by whoever loads them"
+        )
+    exporter = _exporter(kind, prepared, recipe, layers)
+    model_type = prepared.skeleton.model.config.model_type
+    warnings += check_exporters(recipe, recipe.online(prepared.frame), [exporter], layers, model_type)
+    return _Job(exporter, layers, wanted, warnings)
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _is_packed(scheme: Scheme) -> bool:
+    """Whether these are packed, weight-only integers, whose scales have the dtype that a format wants."""
+    return scheme.weight is not None and scheme.weight.grid == "int" and scheme.act is None
+
+
+def _scheme_with_scales(scheme: Scheme, dtype: torch.dtype) -> Scheme:
+    if scheme.weight is None or not _is_packed(scheme):
+        return scheme
+    return replace(scheme, weight=replace(scheme.weight, scale_dtype=dtype))
+
+
+def _layer_with_scales(layer: Layer, dtype: torch.dtype) -> Layer:
+    return replace(layer, spec=_scheme_with_scales(layer.scheme, dtype).weight)
+
+
+def _with_scales(recipe: Recipe, dtype: torch.dtype) -> Recipe:
+    rules = tuple(replace(rule, scheme=_scheme_with_scales(rule.scheme, dtype)) for rule in recipe.rules)
+    return replace(recipe, spec=_scheme_with_scales(recipe.scheme, dtype).weight, rules=rules)
+
+
+def _begin(folder: Path) -> None:
+    """An empty folder. What an export left that was killed never looks finished meanwhile."""
+    (folder / CONFIG).unlink(missing_ok=True)
+    if folder.exists():
+        sync_folder(folder)
+        shutil.rmtree(folder)
+    folder.mkdir()
