@@ -15,7 +15,7 @@ from .algorithms import Frame, Online, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
-from .export import Exporter, Layer
+from .export import Exporter, Layer, Source
 from .models import ModelAdapter, Subset, check_reorderable, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
@@ -124,6 +124,9 @@ def prepare(loaded: LoadedConfig) -> Prepared:
     exporters = make_exporters(config, recipe, layers, stored, compute)
     _check_online(online, exporters)
     warnings = [warning for exporter in exporters for warning in exporter.check(layers)]
+    stored_names = tuple(name for unit in skeleton.units.values() for name in unit)
+    checkpoint = Source(folder, model_config.get_text_config().to_dict(), stored_names)
+    warnings += [warning for exporter in exporters for warning in exporter.check_source(checkpoint)]
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     _check_groups(recipe, exporters)

@@ -1,7 +1,7 @@
 """Checkpoint formats: each one file, a pure function of the core's records, with its inverse."""
 
-from .base import Exporter, Layer, copy_side_files, read_config, with_own_head
+from .base import Exporter, Layer, Source, copy_side_files, read_config, with_own_head
 from .check import check_shard
 from .registry import EXPORTERS
 
-__all__ = ["EXPORTERS", "Exporter", "Layer", "check_shard", "copy_side_files", "read_config", "with_own_head"]
+__all__ = ["EXPORTERS", "Exporter", "Layer", "Source", "check_shard", "copy_side_files", "read_config", "with_own_head"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Exporter
 from .dense import FakeQuant, Transformed
+from .llamacpp import LlamaCpp
 from .vllm import VLLM
 
-EXPORTERS: tuple[type[Exporter], ...] = (VLLM, FakeQuant, Transformed)
+EXPORTERS: tuple[type[Exporter], ...] = (VLLM, LlamaCpp, FakeQuant, Transformed)
