@@ -85,8 +85,7 @@ def write_gguf(parts: Sequence[Path], source: Source, target: Path) -> None:
     for tensor in extra.values():
         writer.write_tensor_data(tensor.numpy())
     for entry in entries:
-        tensors = [_load(piece, found, source.config) for piece in entry.pieces]
-        writer.write_tensor_data(np.concatenate(tensors) if len(tensors) > 1 else tensors[0])
+        writer.write_tensor_data(_content(entry, found, source.config))
     writer.close()
 
 
@@ -127,6 +126,11 @@ def _pieces(part: Path, found: Architecture) -> Iterator[Piece]:
             kind = last if packed else "F32" if needs_float32(found, key, shape) else dtype
             wide = shape if packed else (*shape[:-1], shape[-1] * _PLAIN[kind].itemsize)
             yield Piece(part, key, original, kind, wide, int(np.prod(wide, dtype=np.int64)))
+
+
+def _content(entry: Entry, found: Architecture, config: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    tensors = [_load(piece, found, config) for piece in entry.pieces]
+    return np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
 
 
 def _load(piece: Piece, found: Architecture, config: Mapping[str, Any]) -> np.ndarray[Any, Any]:
