@@ -175,16 +175,17 @@ class Workspace:
         gone = [file for file in parts if not file.is_file()]
         if gone:
             raise ExportError(f"{gone[0]} was written and is gone", "start over with --set save.on_existing=overwrite")
+        count = len(names)
         if exporter.assembled is None:
             sink.write_index(rows)
         else:
             written = folder / f"{exporter.assembled}.tmp"
-            exporter.assemble(parts, source, written)
+            count = exporter.assemble(parts, source, written)
             place(written, folder / exporter.assembled)
         write_json(folder / CONFIG, exporter.config(original, layers))
         sync_folder(folder)
         size = sum(entry.stat().st_size for entry in folder.iterdir())
-        return {"folder": str(folder), "bytes": size, "tensors": len(names), "serve": exporter.serve(folder)}
+        return {"folder": str(folder), "bytes": size, "tensors": count, "serve": exporter.serve(folder)}
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Write ``metrics.json`` and forget how we got here."""

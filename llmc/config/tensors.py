@@ -79,7 +79,9 @@ class WeightConfig(TensorConfig):
     beta: float = Field(10.0, gt=0, description="Initial penalty for calib_algo hqq.")
     kappa: float = Field(1.01, gt=0, description="Growth of the penalty for calib_algo hqq.")
     iters: int = Field(20, ge=1, description="Iterations for calib_algo hqq.")
-    scale_digits: int | None = Field(None, ge=1, le=24, description="Binary digits kept of each scale; None: all.")
+    scale_digits: int | None = Field(
+        None, ge=1, le=24, description="Binary digits kept of a scale (7: Q4_1 of GGUF); None: all."
+    )
     need_pack: bool = Field(False, description="Accepted from LLMC; every exporter knows how it packs.")
     pack_version: Literal["gemm_pack"] | None = Field(None, description="Accepted from LLMC; the AutoAWQ layout.")
     bit4: BitLevel | None = Field(None, description="Inner level, for bit 48.")

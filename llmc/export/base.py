@@ -153,8 +153,12 @@ class Exporter:
         """
         return []
 
-    def assemble(self, parts: Sequence[Path], source: Source, target: Path) -> None:
-        """Write the one file of formats that have an ``assembled``, from the shards of all units in their order."""
+    def assemble(self, parts: Sequence[Path], source: Source, target: Path) -> int:
+        """Write the one file of formats that have an ``assembled``, from the shards of all units in their order.
+
+        Returns:
+            The number of its tensors.
+        """
         raise NotImplementedError
 
     def nbytes(self, layer: Layer) -> int:

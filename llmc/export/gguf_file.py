@@ -60,8 +60,8 @@ class Entry:
         return (1 + len(others), *first.shape) if others else first.shape
 
 
-def write_gguf(parts: Sequence[Path], source: Source, target: Path) -> None:
-    """Write the whole file.
+def write_gguf(parts: Sequence[Path], source: Source, target: Path) -> int:
+    """Write the whole file; returns the number of its tensors.
 
     Raises:
         ExportError: a tensor has no place in llama.cpp's model.
@@ -87,6 +87,7 @@ def write_gguf(parts: Sequence[Path], source: Source, target: Path) -> None:
     for entry in entries:
         writer.write_tensor_data(_content(entry, found, source.config))
     writer.close()
+    return len(extra) + len(entries)
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------

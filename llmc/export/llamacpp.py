@@ -115,11 +115,11 @@ class LlamaCpp(Exporter):
                 return torch.from_numpy(gguf.quants.dequantize(tensor.numpy(), gguf.GGMLQuantizationType[last]))
         return None
 
-    def assemble(self, parts: Sequence[Path], source: Source, target: Path) -> None:
+    def assemble(self, parts: Sequence[Path], source: Source, target: Path) -> int:
         """The file, tensor by tensor."""
         from .gguf_file import write_gguf
 
-        write_gguf(parts, source, target)
+        return write_gguf(parts, source, target)
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's; llama.cpp doesn't read it."""

@@ -162,8 +162,8 @@ def test_one_tensor_is_in_memory_at_a_time(case, pieced, monkeypatch):
 
     monkeypatch.setattr(gguf_file, "_load", watched)
     run = case(pieced("llama"), save={**SAVED, "save_fake": False}, eval={"eval_pos": []})
-    run.compress()
-    assert len(alive) == len(types(run)) == 4 * 9 + 3
+    outputs = run.compress().outputs
+    assert len(alive) == len(types(run)) == outputs["save_llamacpp"]["tensors"] == 4 * 9 + 3
 
 
 # --- refused beforehand ----------------------------------------------------------------------------------------------
