@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -20,9 +19,9 @@ from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, check_shard
 from .models import BlockSelection
 from .plan import original_bytes
-from .prepare import Prepared, check_exporters, prepare
-from .quant import InputRange, KvRanges, QWeight, Scheme, UnitRecord, cache_scales
-from .run import stored_config
+from .prepare import Prepared, check_exporters, prepare, source_of
+from .quant import InputRange, KvRanges, QuantSpec, QWeight, Scheme, UnitRecord, cache_scales
+from .run import stored_config, stored_source
 from .stream.files import sync_folder, write_json
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
@@ -74,8 +73,9 @@ def export(run: Path, targets: Sequence[str], model: str | None = None) -> Expor
         job.check_scales(finished)
     rows: list[dict[str, Any]] = []
     sinks = [finished.sink(job.exporter) for job in jobs]
-    for sink in sinks:
-        _begin(sink.folder)
+    for job, sink in zip(jobs, sinks, strict=True):
+        _begin(run / job.exporter.folder)
+        sink.folder.mkdir(exist_ok=True)
     for unit in finished.units:
         record = finished.record(unit)
         written = {
@@ -84,9 +84,12 @@ def export(run: Path, targets: Sequence[str], model: str | None = None) -> Expor
         rows.append({"kind": "unit", "unit": unit, "outputs": written})
     outputs, workspace = {}, Workspace(run, "add", {})
     config = stored_config(finished.prepared, finished.selection)
+    source = stored_source(finished.prepared, finished.selection)
     for job, sink in zip(jobs, sinks, strict=True):
         layers = kept_layers(job.layers, finished.selection)
-        output = workspace.finish_output(job.exporter, sink, finished.prepared.folder, config, layers, rows)
+        output = workspace.finish_output(job.exporter, sink, source, config, layers, rows)
+        if job.exporter.assembled:
+            shutil.rmtree(sink.folder)
         outputs[job.exporter.name] = metrics["outputs"][job.exporter.name] = output
     write_json(run / METRICS, metrics)
     return Exported(outputs, finished.source.folder, metrics["model"]["bytes"], warnings)
@@ -228,6 +231,7 @@ class _Finished:
         return {f"{linear.rpartition('.')[0]}.{name}": scale for name, scale in scales.items()}
 
 
+_PARTS = "parts"  # of the one file that a format is
 _OTHER_MODEL = "the model isn't the one that the run compressed: name that with --model"
 
 
@@ -251,7 +255,8 @@ def _sink(folder: Path, exporter: Exporter, selection: BlockSelection) -> Sink:
     def check(path: Path, record: UnitRecord) -> None:
         check_shard(path, exporter, record, selection.original)
 
-    return Sink(folder / exporter.folder, exporter, _units(selection), check, selection)
+    shards = folder / exporter.folder / (_PARTS if exporter.assembled else "")
+    return Sink(shards, exporter, _units(selection), check, selection)
 
 
 def _exporter(kind: type[Exporter], prepared: Prepared, recipe: Recipe, layers: Sequence[Layer]) -> Exporter:
@@ -268,13 +273,13 @@ class _Job:
     Attributes:
         exporter: the format.
         layers: the Linears with the grids as it stores them.
-        scale_dtype: the dtype that it wants of packed integers' scales, where the run has another; else None.
+        moves: whether it stores packed integers' scales, or its backend multiplies them, in another dtype than the run.
         warnings: what its backend loads only under a condition.
     """
 
     exporter: Exporter
     layers: list[Layer]
-    scale_dtype: torch.dtype | None
+    moves: bool
     warnings: list[str] = field(default_factory=list)
 
     def check_scales(self, finished: _Finished) -> None:
@@ -283,31 +288,33 @@ class _Job:
         Raises:
             ExportError: names one.
         """
-        if self.scale_dtype is not None:
+        if self.moves:
             for unit in finished.units:
                 self.convert(finished.record(unit))
 
     def convert(self, record: UnitRecord) -> UnitRecord:
         """The record with scales in the format's dtype."""
-        if self.scale_dtype is None:
+        if not self.moves:
             return record
         moved = {name: self._moved(name, weight) for name, weight in record.quantized.items()}
         return replace(record, quantized=moved)
 
     def _moved(self, name: str, weight: QWeight) -> QWeight:
-        if not _is_packed(self.exporter.scheme_of(name)) or self.scale_dtype is None:
+        target = self.exporter.scheme_of(name).weight
+        if target is None or not _is_packed(self.exporter.scheme_of(name)):
             return weight
-        scale = weight.scale.to(self.scale_dtype)
-        wrong = scale.to(torch.float64) != weight.scale.to(torch.float64)
+        scale = weight.scale.to(target.scale_dtype)
+        wrong = scale.double() != weight.scale.double()
         if bool(wrong.any()):
             example = float(weight.scale[wrong][0])
-            wanted, stored = (str(dtype).removeprefix("torch.") for dtype in (self.scale_dtype, weight.scale.dtype))
+            wanted, stored = (str(dtype).removeprefix("torch.") for dtype in (scale.dtype, weight.scale.dtype))
             raise ExportError(
                 f"{name}: {self.exporter.name} stores scales in {wanted}, which has no {example!r} ({stored}); "
                 "rounding it now would make another model than was evaluated",
                 f"next time set save.{self.exporter.name}: True, or quant.weight.scale_dtype: {wanted}, in the run",
             )
-        return replace(weight, scale=scale, spec=replace(weight.spec, scale_dtype=self.scale_dtype))
+        spec = replace(weight.spec, scale_dtype=target.scale_dtype, exact_product=target.exact_product)
+        return replace(weight, scale=scale, spec=spec)
 
 
 def _job(finished: _Finished, kind: type[Exporter]) -> _Job:
@@ -323,25 +330,22 @@ def _job(finished: _Finished, kind: type[Exporter]) -> _Job:
             f"next time set {kind.name}: True in the run itself",
         )
     recipe, layers = prepared.recipe, prepared.layers
-    wanted = kind.scale_dtype
-    packed = {layer.spec.scale_dtype for layer in layers if layer.spec is not None and _is_packed(layer.scheme)}
+    packed = {layer.spec for layer in layers if layer.spec is not None and _is_packed(layer.scheme)}
+    moved = {_moved_spec(spec, kind) for spec in packed}
     warnings: list[str] = []
-    if wanted is None or packed <= {wanted}:
-        wanted = None
-    else:
-        recipe, layers = _with_scales(recipe, wanted), [_layer_with_scales(layer, wanted) for layer in layers]
+    if moved != packed:
+        recipe, layers = _moved_recipe(recipe, kind), [_moved_layer(layer, kind) for layer in layers]
         warnings.append(
             f"{kind.name}: the codes and scales are the run's; their products, which it evaluated in "
-            f"{_names(packed)}, are rounded to {_names({wanted})} by whoever loads them"
+            f"{_products(packed)}, are rounded to {_products(moved)} by whoever loads them"
         )
-    exporter = _exporter(kind, prepared, recipe, layers)
-    model_type = prepared.skeleton.model.config.model_type
-    warnings += check_exporters(recipe, recipe.online(prepared.frame), [exporter], layers, model_type)
-    return _Job(exporter, layers, wanted, warnings)
+    exporter, source = _exporter(kind, prepared, recipe, layers), source_of(prepared.folder, prepared.skeleton)
+    warnings += check_exporters(recipe, recipe.online(prepared.frame), [exporter], layers, source)
+    return _Job(exporter, layers, moved != packed, warnings)
 
 
-def _names(dtypes: set[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _products(specs: set[QuantSpec]) -> str:
+    return " and ".join(sorted({str(spec.product_dtype).removeprefix("torch.") for spec in specs}))
 
 
 def _is_packed(scheme: Scheme) -> bool:
@@ -349,19 +353,25 @@ def _is_packed(scheme: Scheme) -> bool:
     return scheme.weight is not None and scheme.weight.grid == "int" and scheme.act is None
 
 
-def _scheme_with_scales(scheme: Scheme, dtype: torch.dtype) -> Scheme:
+def _moved_spec(spec: QuantSpec, kind: type[Exporter]) -> QuantSpec:
+    """A grid of packed integers as a format stores and its backend multiplies it."""
+    exact = kind.exact_product if kind.stores_codes else spec.exact_product
+    return replace(spec, scale_dtype=kind.scale_dtype or spec.scale_dtype, exact_product=exact)
+
+
+def _moved_scheme(scheme: Scheme, kind: type[Exporter]) -> Scheme:
     if scheme.weight is None or not _is_packed(scheme):
         return scheme
-    return replace(scheme, weight=replace(scheme.weight, scale_dtype=dtype))
+    return replace(scheme, weight=_moved_spec(scheme.weight, kind))
 
 
-def _layer_with_scales(layer: Layer, dtype: torch.dtype) -> Layer:
-    return replace(layer, spec=_scheme_with_scales(layer.scheme, dtype).weight)
+def _moved_layer(layer: Layer, kind: type[Exporter]) -> Layer:
+    return replace(layer, spec=_moved_scheme(layer.scheme, kind).weight)
 
 
-def _with_scales(recipe: Recipe, dtype: torch.dtype) -> Recipe:
-    rules = tuple(replace(rule, scheme=_scheme_with_scales(rule.scheme, dtype)) for rule in recipe.rules)
-    return replace(recipe, spec=_scheme_with_scales(recipe.scheme, dtype).weight, rules=rules)
+def _moved_recipe(recipe: Recipe, kind: type[Exporter]) -> Recipe:
+    rules = tuple(replace(rule, scheme=_moved_scheme(rule.scheme, kind)) for rule in recipe.rules)
+    return replace(recipe, spec=_moved_scheme(recipe.scheme, kind).weight, rules=rules)
 
 
 def _begin(folder: Path) -> None:

@@ -212,7 +212,10 @@ def make_estimate(
     working = max(block, elements[HEAD] * size, elements["embed"] * size) + max(gram + held, exact) + untied
     weights = {f"{layer.name}.weight" for layer in layers}
     plain = sum(entry.nbytes for name, entry in entries.items() if name not in weights)
-    written = sum(plain + untied + sum(exporter.nbytes(layer) for layer in layers) for exporter in exporters)
+    written = sum(
+        (plain + untied + sum(exporter.nbytes(layer) for layer in layers)) * (2 if exporter.assembled else 1)
+        for exporter in exporters
+    )
     host = _RUNTIME + 2 * ahead + kept + (0 if on_device else working)
     return Estimate(read, written + 2 * kept, held, kept, host, working if on_device else 0)
 

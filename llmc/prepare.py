@@ -15,7 +15,7 @@ from .algorithms import Frame, Online, Recipe
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
-from .export import Exporter, Layer
+from .export import Exporter, Layer, Source
 from .models import ModelAdapter, Subset, check_reorderable, find_adapter, heads_of, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
@@ -126,7 +126,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     layers = make_layers(skeleton, entries, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute)
-    warnings = check_exporters(recipe, online, exporters, layers, model_config.model_type)
+    warnings = check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     calib: list[Tensor] = []
@@ -242,7 +242,7 @@ def _check_clustered(config: Config, recipe: Recipe, skeleton: Skeleton) -> None
 
 
 def check_exporters(
-    recipe: Recipe, online: Online, exporters: Sequence[Exporter], layers: list[Layer], model_type: str
+    recipe: Recipe, online: Online, exporters: Sequence[Exporter], layers: list[Layer], source: Source
 ) -> list[str]:
     """Refuse what a format can't store or its backend can't load.
 
@@ -254,8 +254,14 @@ def check_exporters(
     """
     _check_online(online, exporters)
     _check_groups(recipe, exporters)
-    _check_model_type(model_type, exporters)
-    return [warning for exporter in exporters for warning in exporter.check(layers)]
+    _check_model_type(source.config["model_type"], exporters)
+    return [warning for one in exporters for warning in (*one.check(layers), *one.check_source(source))]
+
+
+def source_of(folder: Path, skeleton: Skeleton) -> Source:
+    """The original checkpoint as exporters see it."""
+    names = tuple(name for unit in skeleton.units.values() for name in unit)
+    return Source(folder, skeleton.model.config.get_text_config().to_dict(), names)
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:

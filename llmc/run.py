@@ -23,7 +23,7 @@ from .algorithms import options_types
 from .config import LoadedConfig, load_config
 from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
-from .export import Exporter, Layer, check_shard, read_config, with_own_head
+from .export import Exporter, Layer, Source, check_shard, read_config, with_own_head
 from .export.dense import FakeQuant, Transformed
 from .models import BlockSelection, heads_of
 from .plan import bits_per_weight, free_disk, original_bytes
@@ -208,8 +208,8 @@ def _sinks(
         folder.mkdir(parents=True, exist_ok=True)
         return Sink(folder, exporter, units, partial(_verify, exporter, selection), selection)
 
-    sinks = [sink(e, workspace.path / e.folder) for e in prepared.exporters if not e.transformed_only]
-    transformed = [sink(e, workspace.path / e.folder) for e in prepared.exporters if e.transformed_only]
+    sinks = [sink(e, workspace.shards(e)) for e in prepared.exporters if not e.transformed_only]
+    transformed = [sink(e, workspace.shards(e)) for e in prepared.exporters if e.transformed_only]
     compute, recipe = prepared.skeleton.model.dtype, prepared.recipe
     if keep_records and not sinks:
         kept = FakeQuant(recipe.spec, prepared.stored, compute, schemes=mixed_schemes(recipe, prepared.layers))
@@ -313,13 +313,13 @@ def _finish_outputs(
     selection: BlockSelection,
 ) -> dict[str, dict[str, Any]]:
     outputs = {}
-    original = stored_config(prepared, selection)
+    original, source = stored_config(prepared, selection), stored_source(prepared, selection)
     rows = [row for row in journal.rows if row["kind"] == "unit"]
     by_name = {exporter.name: exporter for exporter in prepared.exporters}
     for sink in sinks:
         exporter = by_name.get(sink.format.name)
         if exporter is not None:
-            outputs[exporter.name] = workspace.finish_output(exporter, sink, prepared.folder, original, layers, rows)
+            outputs[exporter.name] = workspace.finish_output(exporter, sink, source, original, layers, rows)
     return outputs
 
 
@@ -328,6 +328,13 @@ def stored_config(prepared: Prepared, selection: BlockSelection) -> dict[str, An
     original = read_config(prepared.folder)
     original = with_own_head(original) if prepared.frame is not None else original
     return selection.config(original, prepared.skeleton.model.config.get_text_config())
+
+
+def stored_source(prepared: Prepared, selection: BlockSelection) -> Source:
+    """Where the tokenizer of what is stored is, and its configuration with all defaults."""
+    model = prepared.skeleton.model.config.get_text_config()
+    complete = model.to_dict() if prepared.frame is None else with_own_head(model.to_dict())
+    return Source(prepared.folder, selection.config(complete, model))
 
 
 def peak_host_memory() -> int:

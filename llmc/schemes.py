@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -43,12 +44,28 @@ _GRIDS: dict[int | str, Grid] = {
 _MICRO_SCALES = {"mxfp4": torch.float8_e8m0fnu, "mxfp8": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
 
 
-def packed_scales(stored: torch.dtype, wanted: Mapping[str, torch.dtype]) -> torch.dtype:
-    """The dtype of packed, weight-only integers' scales, if the file doesn't set it.
+@dataclass(frozen=True)
+class Packing:
+    """How the formats to be saved store packed, weight-only integers.
+
+    Attributes:
+        scale_dtype: the dtype of their scales, if the file doesn't set it.
+        exact_product: whether codes and scales are multiplied in float32.
+    """
+
+    scale_dtype: torch.dtype
+    exact_product: bool = False
+
+
+def make_packing(
+    stored: torch.dtype, wanted: Mapping[str, torch.dtype], exact: Mapping[str, bool] | None = None
+) -> Packing:
+    """How all formats to be saved can store packed integers.
 
     Args:
         stored: the dtype of the checkpoint's weights; without other wishes, theirs if it has 16 bits.
         wanted: the dtype that each asked format stores, where it stores but one.
+        exact: of each asked format that stores codes, whether its backend multiplies them in float32.
 
     Raises:
         ConfigError: two formats want different ones.
@@ -57,24 +74,41 @@ def packed_scales(stored: torch.dtype, wanted: Mapping[str, torch.dtype]) -> tor
     if len(dtypes) > 1:
         pair = " and ".join(f"{name} in {str(dtype).removeprefix('torch.')}" for name, dtype in wanted.items())
         raise ConfigError(f"save: scales are stored by {pair}, and they are rounded once", "save them in two runs")
-    if dtypes:
-        return dtypes[0]
-    return stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+    exact = exact or {}
+    if len(set(exact.values())) > 1:
+        whole = [name for name, asked in exact.items() if asked]
+        others = [name for name, asked in exact.items() if not asked]
+        raise ConfigError(
+            f"save: {whole[0]}'s backend multiplies codes and scales in float32, {others[0]}'s in the scales' dtype, "
+            "and one of the two products is evaluated",
+            "save them in two runs",
+        )
+    narrow = stored if stored in (torch.bfloat16, torch.float16) else torch.float16
+    return Packing(dtypes[0] if dtypes else narrow, any(exact.values()))
 
 
-def weight_spec(weight: WeightConfig, act: ActConfig | None, packed: torch.dtype) -> QuantSpec:
+def weight_spec(weight: WeightConfig, act: ActConfig | None, packing: Packing) -> QuantSpec:
     """The grid of the weights.
 
     Without another wish, the scales of weights that are multiplied as integers or as FP8 are float32, as vLLM has them;
-    those of packed integers have the dtype ``packed``: weights alone, and 4-bit ones with activations of 8 bits.
+    those of packed integers are stored as ``packing`` says: weights alone, and 4-bit ones with activations of 8 bits.
     """
-    automatic = packed if _is_packed(weight, act) else torch.float32
+    automatic = packing.scale_dtype if _is_packed(weight, act) else torch.float32
     ranges = Mse(weight.maxshrink, weight.mse_grid) if weight.calib_algo == "mse" else MinMax()
     scale_dtype = _MICRO_SCALES.get(str(weight.bit)) or SCALE_DTYPES.get(weight.scale_dtype, automatic)
     granularity = _granularity(weight)
     if isinstance(weight.bit, str):
         return QuantSpec.floating(_GRIDS[weight.bit], granularity, scale_dtype, ranges)
-    return QuantSpec(weight.bit, weight.symmetric, granularity, weight.sym_mode, ranges, scale_dtype)
+    return QuantSpec(
+        weight.bit,
+        weight.symmetric,
+        granularity,
+        weight.sym_mode,
+        ranges,
+        scale_dtype,
+        exact_product=packing.exact_product,
+        scale_digits=weight.scale_digits,
+    )
 
 
 def _is_packed(weight: WeightConfig, act: ActConfig | None) -> bool:
@@ -118,18 +152,18 @@ def _observer(act: ActConfig) -> Observer:
     return MovingMinMax() if act.calib_algo == "static_moving_minmax" else StaticMinMax()
 
 
-def make_rules(quant: QuantConfig, packed: torch.dtype) -> tuple[Rule, ...]:
+def make_rules(quant: QuantConfig, packing: Packing) -> tuple[Rule, ...]:
     """The settings of ``quant.mix_bits`` in their order."""
-    return tuple(_rule(f"quant.mix_bits.{name}", setting, packed) for name, setting in quant.mix_bits.items())
+    return tuple(_rule(f"quant.mix_bits.{name}", setting, packing) for name, setting in quant.mix_bits.items())
 
 
-def _rule(key: str, setting: MixSetting, packed: torch.dtype) -> Rule:
+def _rule(key: str, setting: MixSetting, packing: Packing) -> Rule:
     places = {text: layer_place(text) for text in setting.layer_name}
     patterns = tuple(LayerPattern(text, place.name, place.blocks) for text, place in places.items())
     if not setting.do_quant or setting.weight is None:
         return Rule(key, patterns, Scheme())
     act = None if setting.act is None else act_spec(setting.act)
-    return Rule(key, patterns, Scheme(weight_spec(setting.weight, setting.act, packed), act))
+    return Rule(key, patterns, Scheme(weight_spec(setting.weight, setting.act, packing), act))
 
 
 def unavailable(quant: QuantConfig) -> list[str]:

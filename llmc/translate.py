@@ -17,7 +17,7 @@ from .errors import ConfigError, ExportError
 from .export import EXPORTERS, Exporter, Layer
 from .models import Subset
 from .quant import KvSpec, Scheme, Sparsity
-from .schemes import SCALE_DTYPES, act_spec, make_rules, packed_scales, unavailable, weight_spec
+from .schemes import SCALE_DTYPES, Packing, act_spec, make_packing, make_rules, unavailable, weight_spec
 from .translate_kv import unavailable_cache
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS} | {SHORTGPT: "pruner"}
@@ -78,10 +78,12 @@ def make_compute_dtype(requested: str, stored: torch.dtype, device: torch.device
     return stored if device.type == "cuda" and stored in SCALE_DTYPES.values() else torch.float32
 
 
-def _packed_scales(config: Config, stored: torch.dtype) -> torch.dtype:
-    """The dtype of packed weights' scales that all formats to be saved agree on."""
+def _packing(config: Config, stored: torch.dtype) -> Packing:
+    """How packed weights are stored, such that all formats to be saved agree on it."""
     asked = {name for name, value in config.save if value is True}
-    return packed_scales(stored, {e.name: e.scale_dtype for e in EXPORTERS if e.name in asked and e.scale_dtype})
+    kinds = [kind for kind in EXPORTERS if kind.name in asked]
+    wanted = {kind.name: kind.scale_dtype for kind in kinds if kind.scale_dtype}
+    return make_packing(stored, wanted, {kind.name: kind.exact_product for kind in kinds if kind.stores_codes})
 
 
 def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Recipe:
@@ -95,8 +97,8 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
         full_names=frozenset(config.ignored_layers.special_names),
     )
     act = None if quant is None or quant.act is None else act_spec(quant.act)
-    packed = _packed_scales(config, stored)
-    weight = weight_spec(quant.weight, quant.act, packed) if quant and quant.weight else None
+    packing = _packing(config, stored)
+    weight = weight_spec(quant.weight, quant.act, packing) if quant and quant.weight else None
     recipe = Recipe((), None, ignored, config.base.seed)
     if methods := _methods(config):
         recipe = make_recipe(
@@ -110,7 +112,7 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
             sparsity_out=sparse.sparsity_out if sparse else None,
             act=act,
             kv=kv,
-            rules=make_rules(quant, packed) if quant else (),
+            rules=make_rules(quant, packing) if quant else (),
         )
     if sparse is not None and sparse.method == SHORTGPT:
         recipe = replace(recipe, drop_blocks=sparse.weight.n_prune_layers or 0)

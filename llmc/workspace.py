@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .errors import ExportError, RunError
-from .export import EXPORTERS, Exporter, Layer, copy_side_files
-from .stream.files import remove_unfinished, sync_folder, write_json
+from .export import EXPORTERS, Exporter, Layer, Source, copy_side_files
+from .stream.files import place, remove_unfinished, sync_folder, write_json
 from .stream.journal import Journal
 from .stream.sink import Sink
 
@@ -145,16 +145,20 @@ class Workspace:
             sync_folder(self.state)
             shutil.rmtree(self.state)
 
+    def shards(self, exporter: Exporter) -> Path:
+        """Where the units of an output are written. Mere parts of a file stay in the state, and go with it."""
+        return (self.state / "parts" if exporter.assembled else self.path) / exporter.folder
+
     def finish_output(
         self,
         exporter: Exporter,
         sink: Sink,
-        source: Path,
+        source: Source,
         original: dict[str, Any],
         layers: list[Layer],
         rows: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        """Make a folder of shards loadable: side files, index and, last of all, ``config.json``. Then look at it.
+        """Make a folder loadable: side files, index or assembled file, and at the very end ``config.json``.
 
         ``original`` is the configuration of the model that was stored, before its exporter has its say.
 
@@ -164,30 +168,38 @@ class Workspace:
         Raises:
             ExportError: a tensor of the original is missing.
         """
-        remove_unfinished(sink.folder)
-        copy_side_files(source, sink.folder)
-        sink.write_index(rows)
-        parts = [row["outputs"][exporter.name] for row in rows]
-        names = {name for part in parts for name in part["names"]}
+        folder = self.path / exporter.folder
+        folder.mkdir(exist_ok=True)
+        remove_unfinished(folder)
+        copy_side_files(source.folder, folder)
+        written = [row["outputs"][exporter.name] for row in rows]
+        names = {name for part in written for name in part["names"]}
         missing = [layer.name for layer in layers if not any(name.startswith(f"{layer.name}.") for name in names)]
         if missing:
-            raise ExportError(f"{sink.folder}: nothing was written for {missing[0]}", "please report this")
-        files = [sink.folder / part["file"] for part in parts]
-        gone = [file for file in files if not file.is_file()]
+            raise ExportError(f"{folder}: nothing was written for {missing[0]}", "please report this")
+        files = parts = [sink.folder / part["file"] for part in written]
+        gone = [file for file in parts if not file.is_file()]
         if gone:
             raise ExportError(f"{gone[0]} was written and is gone", "start over with --set save.on_existing=overwrite")
+        count = len(names)
+        if exporter.assembled is None:
+            sink.write_index(rows)
+        else:
+            whole, unfinished = folder / exporter.assembled, folder / f"{exporter.assembled}.tmp"
+            count = exporter.assemble(parts, source, unfinished)
+            place(unfinished, whole)
+            files = [whole]
         for name, content in exporter.extra_files(original, layers).items():
-            write_json(sink.folder / name, content)
-        write_json(sink.folder / CONFIG, exporter.config(original, layers))
-        sync_folder(sink.folder)
-        size = sum(entry.stat().st_size for entry in sink.folder.iterdir())
-        stored = sum(file.stat().st_size for file in files)
+            write_json(folder / name, content)
+        write_json(folder / CONFIG, exporter.config(original, layers))
+        sync_folder(folder)
+        weights = sum(part["weights"] for part in written)
         return {
-            "folder": str(sink.folder),
-            "bytes": size,
-            "bits_per_weight": 8 * stored / sum(part["weights"] for part in parts),
-            "tensors": len(names),
-            "serve": exporter.serve(sink.folder),
+            "folder": str(folder),
+            "bytes": sum(entry.stat().st_size for entry in folder.iterdir() if entry.is_file()),
+            "bits_per_weight": 8 * sum(file.stat().st_size for file in files) / weights,
+            "tensors": count,
+            "serve": exporter.serve(folder),
         }
 
     def finish(self, metrics: Mapping[str, Any]) -> None:

@@ -199,7 +199,7 @@ class SaveConfig(Section):
     save_autogptq: bool = Field(False, description="Save for AutoGPTQ and GPTQModel.")
     save_mlcllm: bool = Field(False, description="Save for MLC-LLM.")
     save_trtllm: bool = Field(False, description="Save for TensorRT-LLM.")
-    save_llamacpp: bool = Field(False, description="Save for llama.cpp.")
+    save_llamacpp: bool = Field(False, description="Save for llama.cpp: one GGUF file.")
     trtllm_cfg: TrtllmConfig | None = Field(None, description="Refused: TensorRT-LLM has no engines any more.")
 
     @model_validator(mode="after")

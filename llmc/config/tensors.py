@@ -79,6 +79,9 @@ class WeightConfig(TensorConfig):
     beta: float = Field(10.0, gt=0, description="Initial penalty for calib_algo hqq.")
     kappa: float = Field(1.01, gt=0, description="Growth of the penalty for calib_algo hqq.")
     iters: int = Field(20, ge=1, description="Iterations for calib_algo hqq.")
+    scale_digits: int | None = Field(
+        None, ge=1, le=24, description="Binary digits kept of a scale (7: Q4_1 of GGUF); None: all."
+    )
     need_pack: bool = Field(False, description="Accepted from LLMC; every exporter knows how it packs.")
     pack_version: Literal["gemm_pack"] | None = Field(None, description="Accepted from LLMC; the AutoAWQ layout.")
     bit4: BitLevel | None = Field(None, description="Inner level, for bit 48.")
@@ -91,6 +94,8 @@ class WeightConfig(TensorConfig):
         blocked = self.granularity == "per_block"
         refuse_if(blocked and not self.block_size, "block_size", "missing; per_block needs it, for example 128")
         refuse_if(self.sym_mode != "restricted" and not self.symmetric, "sym_mode", "has no use if symmetric is False")
+        floating = isinstance(self.bit, str)
+        refuse_if(floating and self.scale_digits, "scale_digits", f"has no use with {self.bit}; it's for integers")
         split = self.bit == legacy.FOUR_IN_EIGHT
         for level in ("bit4", "bit8"):
             refuse_if(split and not getattr(self, level), level, "missing; bit 48 is described by bit4 and bit8")

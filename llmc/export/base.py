@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +55,22 @@ class Layer:
         return ", ".join(part.describe() for part in (self.sparsity, self.spec, self.act) if part is not None)
 
 
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint as an exporter needs it beside the weights.
+
+    Attributes:
+        folder: holds the tokenizer and ``config.json``.
+        config: the (text) model's configuration with all its defaults, as it's stored: with fewer blocks, or a head of
+            its own, if the run made it so.
+        names: the checkpoint's names of all tensors; empty where they don't matter.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    names: tuple[str, ...] = ()
+
+
 class Exporter:
     """Base of all formats. A new one is one file with a subclass, listed in ``registry.py``.
 
@@ -81,6 +97,15 @@ class Exporter:
 
     scale_dtype: ClassVar[torch.dtype | None] = None
     """The dtype of packed integers' scales in this format; None: any. Codes are computed with scales in it."""
+
+    stores_codes: ClassVar[bool] = True
+    """Whether it stores codes, which its backend multiplies with the scales; else it stores the products."""
+
+    exact_product: ClassVar[bool] = False
+    """Whether its backend multiplies them in float32, whatever the scales' dtype."""
+
+    assembled: ClassVar[str | None] = None
+    """The file that ``assemble`` makes of all units' shards, which are then only parts; None: they are the output."""
 
     runs_rotations: ClassVar[bool] = False
     """Whether its backend can rotate the input of a Linear while it runs; ``check`` says which."""
@@ -126,6 +151,25 @@ class Exporter:
             ExportError: names the layer, the rule, and what could be done.
         """
         return []
+
+    def check_source(self, source: Source) -> list[str]:
+        """Refuse a checkpoint (architecture, tokenizer) that the backend can't load, before any weight is read.
+
+        Returns:
+            Warnings: what it loads only under a condition.
+
+        Raises:
+            ExportError: says why, and what could be done.
+        """
+        return []
+
+    def assemble(self, parts: Sequence[Path], source: Source, target: Path) -> int:
+        """Write the one file of formats that have an ``assembled``, from the shards of all units in their order.
+
+        Returns:
+            The number of its tensors.
+        """
+        raise NotImplementedError
 
     def nbytes(self, layer: Layer) -> int:
         """Bytes that a Linear's weight will take."""

@@ -19,6 +19,7 @@ class FakeQuant(Exporter):
     name = "save_fake"
     folder = "fake_quant_model"
     mixes_schemes = True
+    stores_codes = False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,6 +7,7 @@ from .autogptq import AutoGPTQ
 from .base import Exporter
 from .dense import FakeQuant, Transformed
 from .lightllm import LightLLM
+from .llamacpp import LlamaCpp
 from .sglang import SGLang
 from .trtllm import TRTLLM
 from .vllm import VLLM
@@ -19,6 +20,7 @@ EXPORTERS: tuple[type[Exporter], ...] = (
     AutoGPTQ,
     MLCLLM,
     LightLLM,
+    LlamaCpp,
     FakeQuant,
     Transformed,
 )

@@ -54,12 +54,20 @@ def store_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
         ValueError: an NVFP4 spec without its global scale.
     """
     if not spec.is_nvfp4:
-        return store(scale, spec.scale_dtype)
+        return store(_significant(scale, spec.scale_digits), spec.scale_dtype)
     if spec.global_scale is None:
         raise ValueError("bind NVFP4 to a tensor first: it has no global scale")
     # A tensor on the scales' device: dividing by a number would multiply by its reciprocal on a GPU.
     whole = scale.new_tensor(spec.global_scale)
     return store(scale * whole, spec.scale_dtype) / whole
+
+
+def _significant(scale: Tensor, digits: int | None) -> Tensor:
+    """Keep so many significant binary digits; ties go to the even one."""
+    if digits is None:
+        return scale
+    mantissa, exponent = torch.frexp(scale.float())
+    return torch.ldexp(torch.round(mantissa * 2**digits) / 2**digits, exponent)
 
 
 def quantize(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:

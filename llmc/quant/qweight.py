@@ -53,7 +53,7 @@ class QWeight:
         A product of code and scale has more digits than a 16-bit scale. Backends multiply in the dtype of the scales
         and keep what fits, so that is the weight which is evaluated, propagated and saved. It's computed in float32
         and rounded once; ask for ``scale_dtype: float32`` to lose nothing. With scales of 8 bits the product stays in
-        float32.
+        float32, and so does the product with ``spec.exact_product``.
         """
         return self._exact().to(self.spec.product_dtype).to(dtype)
 

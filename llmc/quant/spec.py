@@ -98,6 +98,8 @@ class QuantSpec:
         shared_range: float grids with one scale per tensor only: the largest magnitude of all tensors that a backend
             runs as one, from ``bind_global_scale``. It sets aside whatever range is found for one of them, since such
             tensors have one scale. None: a tensor's own range counts.
+        exact_product: the backend multiplies codes and scales in float32, whatever the scale's dtype (llama.cpp).
+        scale_digits: significant binary digits that are kept of each scale; None: all that its dtype has.
 
     Raises:
         ValueError: a combination that no format has.
@@ -112,6 +114,8 @@ class QuantSpec:
     grid: Grid = "int"
     global_scale: float | None = None
     shared_range: float | None = None
+    exact_product: bool = False
+    scale_digits: int | None = None
 
     def __post_init__(self) -> None:
         if self.grid == "int" and not 2 <= self.bits <= 8:
@@ -120,6 +124,8 @@ class QuantSpec:
             raise ValueError("scales of 8 bits belong to float grids")
         if self.grid != "int" and (self.bits != FLOAT_BITS[self.grid] or not self.symmetric):
             raise ValueError(f"{self.grid} has {FLOAT_BITS[self.grid]} bits and no zero point")
+        if self.scale_digits is not None and (self.scale_digits < 1 or self.grid != "int"):
+            raise ValueError("a scale of an integer grid keeps at least one digit; those of float grids keep all")
         if self.is_nvfp4 and self.grid != "e2m1":
             raise ValueError("scales in e4m3 belong to e2m1 (NVFP4)")
 
@@ -163,8 +169,8 @@ class QuantSpec:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype in which ``code * scale`` is kept: the scale's, or float32 where that has 8 bits."""
-        return torch.float32 if self.is_mx or self.is_nvfp4 else self.scale_dtype
+        """The dtype in which ``code * scale`` is kept: the scale's, or float32 where it has 8 bits or must be exact."""
+        return torch.float32 if self.is_mx or self.is_nvfp4 or self.exact_product else self.scale_dtype
 
     @property
     def zero_dtype(self) -> torch.dtype:

@@ -25,7 +25,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _replace(written: Path, target: Path) -> None:
+def place(written: Path, target: Path) -> None:
+    """Give a written file its name, such that both survive a power cut."""
     handle = os.open(written, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -39,7 +40,7 @@ def write_bytes(target: Path, content: bytes) -> None:
     """Write, fsync, rename, fsync the folder: ``target`` never holds a part."""
     written = target.with_name(target.name + ".tmp")
     written.write_bytes(content)
-    _replace(written, target)
+    place(written, target)
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -62,7 +63,7 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor]) -> None:
     mode = written.stat().st_mode
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written, metadata={"format": "pt"})
     written.chmod(mode)
-    _replace(written, target)
+    place(written, target)
     folder.rmdir()
 
 

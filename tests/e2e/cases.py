@@ -30,6 +30,19 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
 
 
+def write_pieces(folder: Path) -> None:
+    """A SentencePiece BPE of the same words, for formats that want one."""
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    model = schema.ModelProto()
+    model.trainer_spec.model_type = schema.TrainerSpec.BPE
+    kinds = schema.ModelProto.SentencePiece
+    for index in range(WORDS + 2):
+        kind = {0: kinds.UNKNOWN, 1: kinds.CONTROL}.get(index, kinds.NORMAL)
+        model.pieces.add(piece={0: "<unk>", 1: "<s>"}.get(index, f"▁w{index - 2}"), score=-float(index), type=kind)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
 def words(count: int, seed: int) -> str:
     generator = random.Random(seed)
     return " ".join(f"w{generator.randrange(WORDS)}" for _ in range(count))

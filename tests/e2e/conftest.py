@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import WINDOW, WINDOWS, Case, words, write_tokenizer
+from cases import WINDOW, WINDOWS, Case, words, write_pieces, write_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +39,20 @@ def source_of(checkpoint: Callable[[str], Any], tmp_path_factory: pytest.TempPat
             made[name] = tmp_path_factory.mktemp("source") / name
             shutil.copytree(checkpoint(name).folder, made[name])
             write_tokenizer(made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def pieced(source_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint by its name, with a tokenizer that llama.cpp knows beside the other."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = shutil.copytree(source_of(name), tmp_path_factory.mktemp("pieced") / name)
+            write_pieces(made[name])
         return made[name]
 
     return get

@@ -68,6 +68,8 @@ def prepared(*arguments: str) -> Any:
 
 
 def child(order: dict[str, Any], begun: int) -> int:
+    from gguf import GGUFWriter
+
     import llmc.prepare
     from llmc.cli import main
     from llmc.stream import files, journal
@@ -89,6 +91,7 @@ def child(order: dict[str, Any], begun: int) -> int:
     boundaries.watch(files, "save_file", half_a_shard)
     boundaries.watch(journal.Journal, "append", half_a_row)
     boundaries.watch(shutil, "copyfile", half_a_copy)
+    boundaries.watch(GGUFWriter, "write_tensor_data")
     for name in ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir"):
         boundaries.watch(os, name)
     code = main(order["arguments"])

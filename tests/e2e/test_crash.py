@@ -18,7 +18,7 @@ from cases import Case, files_of
 
 import llmc
 
-OUTPUTS = ("vllm_quant_model", "fake_quant_model")
+OUTPUTS = ("vllm_quant_model", "fake_quant_model", "llamacpp_quant_model")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,7 @@ class Killer:
     expected: dict[str, str]
     seconds: float
     attempt: Callable[[dict[str, Any]], dict[str, Any]]
+    calm: Path = Path()  # what the run that was left alone wrote
     kills: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +80,7 @@ class Killer:
             left = files_of(self.case.save_path / folder) if (self.case.save_path / folder).exists() else {}
             wanted = {name: digest for name, digest in self.expected.items() if name.startswith(f"{folder}/")}
             there = {f"{folder}/{name}": digest for name, digest in left.items()}
-            shards = {name for name in wanted if name.endswith(".safetensors")}
+            shards = {name for name in wanted if name.endswith((".safetensors", ".gguf"))}
             if f"{folder}/config.json" in there:
                 assert there.items() >= wanted.items()
             if f"{folder}/model.safetensors.index.json" in there:
@@ -95,7 +96,7 @@ def killer(case, forks) -> Callable[..., Killer]:
         calm, run = (case(method=method, **changes) for _ in range(2))
         ended = forks({"arguments": calm.arguments, "log": str(calm.save_path.with_suffix(".log"))})
         assert ended["code"] == 0
-        return Killer(run, calm.written(), ended["seconds"], forks)
+        return Killer(run, calm.written(), ended["seconds"], forks, calm.save_path)
 
     return make
 
@@ -134,3 +135,22 @@ def test_killed_one_boundary_later_each_time_it_ends_with_the_same_bytes(killer)
         assert len(run.kills) < 500
     assert run.case.written() == run.expected
     assert run.kills.count("within") > 10
+
+
+def test_killed_while_the_file_is_assembled_it_ends_with_the_same_bytes(case, killer, pieced, tmp_path):
+    folder = shutil.copytree(pieced("llama"), tmp_path / "shallow")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    saved = {"save_vllm": False, "save_fake": False, "save_llamacpp": True}
+    run = killer("RTN", checkpoint=folder, eval={"eval_pos": []}, save=saved)
+    total = int(run.calm.with_suffix(".log").read_text().split(" boundaries")[0].split()[-1])
+    # From the first tensor of the file on: while it's written, named and described, and while its parts are removed.
+    found = []
+    for boundary in range(total - 40, total, 3):
+        shutil.rmtree(run.case.save_path, ignore_errors=True)
+        assert not run.start(boundary=boundary, prepared=True)
+        left = {path.name for path in (run.case.save_path / "llamacpp_quant_model").iterdir()}
+        found.append("whole" if "model.gguf" in left else "torn" if "model.gguf.tmp" in left else "nothing")
+        assert run.start(prepared=True), boundary
+        assert run.case.written() == run.expected, boundary
+    assert {"torn", "whole"} <= set(found), found

@@ -1,0 +1,69 @@
+"""What llmc writes for llama.cpp is loaded by the real llama.cpp, which then predicts as the evaluated model does.
+
+Only collected where llama.cpp is (see conftest.py): ``pip install llama-cpp-python`` builds it in some minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from llamacpp_oracle import LlamaCppJob, llamacpp_python, run_llamacpp
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmc
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "e2e"))
+from real import real_model, text
+
+CHUNKS, LENGTH = 2, 256
+PROMPT = "The capital of France is"
+GROUP = {"granularity": "per_group", "group_size": 32}
+CHANNEL = {"granularity": "per_channel"}
+# The input channels of all Linears but down_proj are no multiple of 256, so that no K-quant fits them.
+SCHEMES = {
+    "Q4_0": ({"bit": 4, "symmetric": True, **GROUP}, {"Q4_0"}),
+    "Q5_0": ({"bit": 4, "symmetric": False, **GROUP}, {"Q5_0"}),
+    "Q4_1": ({"bit": 4, "symmetric": False, "scale_digits": 7, **GROUP}, {"Q4_1"}),
+    "Q8_0": ({"bit": 8, "symmetric": True, **CHANNEL}, {"Q8_0"}),
+    "Q4_K": ({"bit": 4, "symmetric": False, **CHANNEL}, {"Q5_0", "Q4_K"}),
+    "Q5_K": ({"bit": 5, "symmetric": False, **CHANNEL}, {"Q8_0", "Q5_K"}),
+    "Q6_K": ({"bit": 6, "symmetric": True, **CHANNEL}, {"Q8_0", "Q6_K"}),
+}
+
+
+@pytest.fixture(scope="module")
+def ids() -> list[list[int]]:
+    found = AutoTokenizer.from_pretrained(real_model())(Path(text("test")).read_text()[:20000]).input_ids
+    return [found[index * LENGTH : (index + 1) * LENGTH] for index in range(CHUNKS)]
+
+
+def perplexity_of(folder: Path, ids: list[list[int]]) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        losses = [float(model(torch.tensor([chunk]), labels=torch.tensor([chunk])).loss) for chunk in ids]
+    return math.exp(sum(losses) / len(losses))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_llama_cpp_computes_the_evaluated_model(name, ids, tmp_path):
+    weight, types = SCHEMES[name]
+    content = {
+        "base": {"device": "cpu"},
+        "model": {"path": str(real_model()), "torch_dtype": "float32"},
+        "quant": {"method": "RTN", "weight": weight},
+        "save": {"save_llamacpp": True, "save_fake": True, "save_path": str(tmp_path / name)},
+    }
+    llmc.compress(content)
+    file = tmp_path / name / "llamacpp_quant_model" / "model.gguf"
+    assert {one.tensor_type.name for one in gguf.GGUFReader(file).tensors} == types | {"BF16", "F32"}
+    (result,) = run_llamacpp([LlamaCppJob(str(file), ids, PROMPT)], llamacpp_python())
+    expected = perplexity_of(tmp_path / name / "fake_quant_model", ids)
+    assert math.exp(sum(result.nll) / CHUNKS) == pytest.approx(expected, rel=1e-2)
+    assert result.prompt_ids == tuple(AutoTokenizer.from_pretrained(real_model())(PROMPT).input_ids)
+    if name != "Q4_K":  # 4 bits with one scale a row are too few for this model
+        assert "Paris" in result.text
