@@ -11,7 +11,7 @@ held activations don't fit, and it's the oracle of the other: same statistics, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,7 +179,7 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
             for batch in waiting:
                 batch.inspected = None
         for batch in waiting:
-            if not batch.dead:
+            if keep and not batch.dead:
                 batch.switch()
     finally:
         for hook in hooks:
@@ -231,16 +231,25 @@ def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: 
     For quantizers that don't ask for sequential calibration and inspect no module.
     """
     statistics = [_begin(stage) for stage in stages]
-    first = [stage.linears[0] for stage in stages]
-    hooks = [
-        _first(linear, lambda module, args, index=index: stages[index].observe(statistics[index], args[0]))
-        for index, linear in enumerate(first)
-    ]
+    seen: set[int] = set()
+
+    def observe(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            stages[index].observe(statistics[index], args[0])
+            seen.add(index)
+            if len(seen) == len(stages) and not keep:
+                raise _Reached
+
+        return hook
+
+    hooks = [_first(stage.linears[0], observe(index)) for index, stage in enumerate(stages)]
     try:
         for batch in range(len(run.inputs)):
-            output = run.forward(batch)
-            if keep:
-                run.inputs.store(batch, output)
+            seen.clear()
+            with suppress(_Reached):
+                output = run.forward(batch)
+                if keep:
+                    run.inputs.store(batch, output)
     finally:
         for hook in hooks:
             hook.remove()

@@ -201,6 +201,16 @@ def test_together_sees_the_unchanged_block_and_keeps_its_outputs(tiny, make):
 
 
 @pytest.mark.parametrize("runner", [*RUNNERS, run_together])
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_last_linear_is_computed_only_for_outputs_that_are_kept(tiny, make, runner, keep):
+    work, computed = make(tiny), []
+    work.stages[-1].linears[-1].register_forward_hook(lambda *_: computed.append(True))
+    runner(work.run, work.stages, work.solve, keep=keep)
+    assert len(work.grams) == len(work.stages)
+    assert len(computed) == keep * len(work.run.inputs)
+
+
+@pytest.mark.parametrize("runner", [*RUNNERS, run_together])
 def test_no_hook_and_no_greenlet_is_left_behind(llama, make, runner):
     work, before = make(llama), live_greenlets()
     runner(work.run, work.stages, work.solve, keep=True)
