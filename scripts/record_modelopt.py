@@ -19,6 +19,7 @@ import modelopt
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.export import export_hf_checkpoint
+from modelopt.torch.export.convert_hf_config import _quant_algo_to_group_config
 from modelopt.torch.export.quant_utils import to_quantized_weight
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from safetensors.torch import load_file
@@ -117,6 +118,7 @@ def main() -> None:
     record["exports"] = {name: exported(model, config) for name, config in CONFIGS.items()}
     record["exports"]["FP8 cache"] = exported(model, with_cache(mtq.FP8_DEFAULT_CFG))
     record["exports"]["mixed"] = exported(model, mixed())
+    record["groups"] = {name: _quant_algo_to_group_config(name) for name in CONFIGS}
     Path(sys.argv[1]).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 

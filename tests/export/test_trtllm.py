@@ -17,6 +17,7 @@ from llmc.export import Layer, check_shard
 from llmc.export.modelopt_layouts import ALGORITHMS, pack_rows, unpack_rows
 from llmc.export.trtllm import TRTLLM
 from llmc.export.trtllm_check import check_trtllm
+from llmc.export.trtllm_config import quantization_config
 from llmc.export.trtllm_schemes import algorithm_of
 from llmc.quant import (
     ActSpec,
@@ -99,7 +100,9 @@ def exporter(case: str, layers: list[Layer]) -> TRTLLM:
 
 def record(layers: list[Layer], *, cache: bool = False) -> UnitRecord:
     generator = torch.Generator().manual_seed(0)
-    weights = {x.name: torch.randn(x.rows, x.columns, generator=generator) for x in layers if x.spec is not None}
+    # Of Linears that are run as one, the last has the largest weights.
+    sizes = {x.name: 1.0 + x.fused.index(x.name) for x in layers}
+    weights = {x.name: sizes[x.name] * torch.randn(x.rows, x.columns, generator=generator) for x in layers if x.spec}
     specs = {
         x.name: bind_global_scale(x.spec, [weights[name] for name in x.fused]) for x in layers if x.spec is not None
     }
@@ -147,6 +150,14 @@ def test_both_configurations_say_what_modelopt_says(case):
         "quantization_config"
     ]
     assert "lm_head" in excluded
+
+
+@pytest.mark.parametrize("name", RECORD["groups"])
+def test_other_readers_are_told_of_each_algorithm_as_modelopt_tells_them(name):
+    algorithms = {"a": ALGORITHMS[name], "b": ALGORITHMS["FP8" if name == "NVFP4" else "NVFP4"]}
+    groups = quantization_config(algorithms, [], cache=False)["config_groups"].values()
+    (found,) = (group for group in groups if group["targets"] == ["a"])
+    assert found == {**RECORD["groups"][name], "targets": ["a"]}
 
 
 @pytest.mark.parametrize("name", [name for name in RECORD["packed"] if name != "W4A16_AWQ"])
