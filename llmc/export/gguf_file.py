@@ -111,6 +111,11 @@ def _entries(parts: Sequence[Path], found: Architecture, blocks: int) -> Iterato
             grouped.setdefault(name, {})[place_of(found, piece.original).expert or 0] = piece
         for name, pieces in grouped.items():
             ordered = tuple(pieces[index] for index in sorted(pieces))
+            if len({(piece.kind, piece.shape) for piece in ordered}) > 1:
+                raise ExportError(
+                    f"{name}: llama.cpp stores all experts of a block as one, and theirs have different types",
+                    "give them one scheme (quant.mix_bits, ignored_layers)",
+                )
             yield Entry(name, ordered[0].kind, ordered)
 
 

@@ -28,6 +28,7 @@ class Field:
     key: str
     source: str
     kind: Literal["int", "float"] = "int"
+    optional: bool = False
 
 
 _COMMON = (
@@ -55,7 +56,8 @@ class Architecture:
         norm_shift: what is added to the weights of norms.
         routers: ends of the names of matrices that must be float32.
         fixed: values of the configuration that llama.cpp takes for granted.
-        windowed: whether it knows a sliding window; else it attends to everything.
+        windowed: of so many blocks the last attends to everything, the others in a sliding window; 1: all have the
+            window if there is one; 0: it knows no window.
         expert_names: the gguf package's names of stacked experts, by the checkpoint's.
     """
 
@@ -65,17 +67,18 @@ class Architecture:
     norm_shift: float = 0.0
     routers: tuple[str, ...] = ()
     fixed: tuple[tuple[str, Any], ...] = (("hidden_act", "silu"),)
-    windowed: bool = False
+    windowed: int = 0
     expert_names: tuple[tuple[str, str], ...] = ()
 
 
 _LLAMA_EXPERTS = tuple((name, f"layers.{{}}.feed_forward.experts.{name}") for name in ("w1", "w2", "w3"))
 _QWEN_EXPERTS = tuple((name, f"model.layers.{{}}.mlp.experts.{name}") for name in ("gate_proj", "up_proj", "down_proj"))
 _SILU, _GELU = ("hidden_act", "silu"), ("hidden_activation", "gelu_pytorch_tanh")
-_WINDOW = Field("attention.sliding_window", "sliding_window")
+_WINDOW = Field("attention.sliding_window", "sliding_window", optional=True)
 _QWEN_MOE = (
     *_EXPERTS,
     Field("expert_count", "num_experts"),
+    Field("expert_count", "num_local_experts"),  # as newer configurations call them
     Field("expert_feed_forward_length", "moe_intermediate_size"),
 )
 _DENSE_NOWHERE: tuple[tuple[str, Any], ...] = (("mlp_only_layers", []), ("decoder_sparse_step", 1))
@@ -115,10 +118,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         norm_shift=1.0,
         fixed=(_GELU,),
-        windowed=True,
+        windowed=2,
     ),
-    "gemma3_text": Architecture("gemma3", (_WINDOW,), norm_shift=1.0, fixed=(_GELU,), windowed=True),
-    "phi3": Architecture("phi3", (_WINDOW,), windowed=True),
+    "gemma3_text": Architecture("gemma3", (_WINDOW,), norm_shift=1.0, fixed=(_GELU,), windowed=6),
+    "phi3": Architecture("phi3", (_WINDOW,), windowed=1),
 }
 
 
@@ -141,8 +144,29 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
                 f"save_llamacpp: the model has {key} {config[key]!r}, llama.cpp's {found.name} computes with {value!r}",
                 "write save_vllm or save_fake",
             )
+    _check_attention(found, config)
     _check_rope(found, rope_of(config))
+    fields_of(config)
     return found
+
+
+def _check_attention(found: Architecture, config: Mapping[str, Any]) -> None:
+    """llama.cpp scales by the head's width, and has one pattern of windows built in for each architecture."""
+    scale, kinds = config.get("query_pre_attn_scalar"), config.get("layer_types") or ()
+    if scale is not None and scale != head_dim(config):
+        raise ExportError(
+            f"save_llamacpp: the model has query_pre_attn_scalar {scale}, llama.cpp's {found.name} computes with "
+            f"{head_dim(config)}",
+            "write save_vllm or save_fake",
+        )
+    for index, kind in enumerate(kinds):
+        everything = (index + 1) % found.windowed == 0 if found.windowed > 1 else kind == "full_attention"
+        if found.windowed and everything != (kind == "full_attention"):
+            raise ExportError(
+                f"save_llamacpp: block {index} has {kind} (layer_types); in llama.cpp's {found.name} every "
+                f"{found.windowed} blocks the last one attends to everything",
+                "write save_vllm or save_fake",
+            )
 
 
 def limits_of(config: Mapping[str, Any]) -> list[str]:
@@ -158,12 +182,20 @@ def limits_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def fields_of(config: Mapping[str, Any]) -> dict[str, int | float]:
-    """The numbers of the metadata, by their keys behind the architecture's name."""
-    found, numbers = ARCHITECTURES[str(config["model_type"])], {}
-    for field in (*_COMMON, *found.fields):
+    """The numbers of the metadata, by their keys behind the architecture's name.
+
+    Raises:
+        ExportError: one isn't given.
+    """
+    fields = (*_COMMON, *ARCHITECTURES[str(config["model_type"])].fields)
+    numbers: dict[str, int | float] = {}
+    for field in fields:
         value = config.get(field.source)
         if value is not None:
             numbers[field.key] = float(value) if field.kind == "float" else int(value)
+    missing = [field for field in fields if not field.optional and field.key not in numbers]
+    if missing:
+        raise ExportError(f"save_llamacpp: config.json has no {missing[0].source}", "is it the model's own, unchanged?")
     dim = head_dim(config)
     numbers |= {"attention.key_length": dim, "attention.value_length": dim, "rope.dimension_count": dim}
     return numbers

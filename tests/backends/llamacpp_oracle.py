@@ -17,11 +17,11 @@ WORKER = Path(__file__).with_name("llamacpp_worker.py")
 
 @dataclass(frozen=True)
 class LlamaCppJob:
-    """What llama.cpp is asked to do with a file: losses of ``chunks`` of ids, and to go on with a text."""
+    """What llama.cpp is asked to do with a file: losses of ``chunks`` of ids, and perhaps to go on with a text."""
 
     model: str
     chunks: list[list[int]]
-    prompt: str
+    prompt: str | None = None
     new_tokens: int = 24
     threads: int = 1
 

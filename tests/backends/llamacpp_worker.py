@@ -3,8 +3,8 @@
     python llamacpp_worker.py JOBS.json OUT.json
 
 The tests talk to it through ``llamacpp_oracle.py``. JOBS is a list of objects with ``model`` (a file), ``chunks``
-(lists of token ids), ``prompt`` (a text), ``new_tokens``; OUT gets for each the ``nll`` of every chunk (the mean cross
-entropy of its tokens but the first), the ``prompt_ids`` by llama.cpp's tokenizer, and the greedy ``text``.
+(lists of token ids), ``prompt`` (a text or null), ``new_tokens``; OUT gets for each the ``nll`` of every chunk (the
+mean cross entropy of its tokens but the first), the ``prompt_ids`` by llama.cpp's tokenizer, and the greedy ``text``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         model.reset()
         model.eval(chunk)
         losses.append(cross_entropy(model.scores[: len(chunk)], chunk))
+    if job["prompt"] is None:
+        return {"nll": losses, "prompt_ids": [], "text": ""}
     ids = model.tokenize(job["prompt"].encode(), add_bos=False, special=False)
     text = model.create_completion(job["prompt"], max_tokens=job["new_tokens"], temperature=0.0, top_k=1)
     return {"nll": losses, "prompt_ids": list(ids), "text": text["choices"][0]["text"]}

@@ -10,13 +10,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from cases import Case
+from cases import Case, write_pieces
 from real import real_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, MixtralConfig
 
 from llmc.errors import ConfigError, ExportError
-from llmc.export import gguf_file, llamacpp
+from llmc.export import Source, gguf_file, llamacpp
 from llmc.export.gguf_tokenizer import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 
 SAVED = {"save_vllm": False, "save_fake": True, "save_llamacpp": True}
@@ -164,6 +164,33 @@ def test_one_tensor_is_in_memory_at_a_time(case, pieced, monkeypatch):
     run = case(pieced("llama"), save={**SAVED, "save_fake": False}, eval={"eval_pos": []})
     outputs = run.compress().outputs
     assert len(alive) == len(types(run)) == outputs["save_llamacpp"]["tensors"] == 4 * 9 + 3
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gemma2"])
+def test_experts_are_stacked_and_gemmas_norms_shifted(family, tmp_path):
+    shape = {"vocab_size": 208, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = MixtralConfig(**shape, num_local_experts=3)
+    if family == "gemma2":
+        config = Gemma2Config(**shape, query_pre_attn_scalar=16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    write_pieces(tmp_path)
+    gguf_file.write_gguf([tmp_path / "model.safetensors"], Source(tmp_path, config.to_dict()), tmp_path / "m.gguf")
+    found = {one.name: torch.from_numpy(np.array(one.data)) for one in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    block = model.model.layers[1]
+    if family == "gemma2":
+        assert torch.equal(found["blk.1.post_ffw_norm.weight"], block.post_feedforward_layernorm.weight + 1)
+        assert torch.equal(found["output_norm.weight"], model.model.norm.weight + 1)
+        return
+    experts = block.mlp.experts
+    gate_up = torch.cat([found["blk.1.ffn_gate_exps.weight"], found["blk.1.ffn_up_exps.weight"]], 1)
+    assert gate_up.shape == (3, 128, 32)
+    assert torch.equal(gate_up, experts.gate_up_proj)
+    assert torch.equal(found["blk.1.ffn_down_exps.weight"], experts.down_proj)
+    assert torch.equal(found["blk.1.ffn_gate_inp.weight"], block.mlp.gate.weight)
 
 
 # --- refused beforehand ----------------------------------------------------------------------------------------------

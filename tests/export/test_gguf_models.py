@@ -52,9 +52,9 @@ CONFIGS = {
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=3),
     "qwen2_moe": Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=48),
     "qwen3_moe": Qwen3MoeConfig(**EXPERTS, head_dim=32, norm_topk_prob=True),
-    "gemma2": Gemma2Config(**SHAPE, head_dim=16, sliding_window=32),
-    "gemma3_text": Gemma3TextConfig(**SHAPE, head_dim=16, sliding_window=32),
-    "phi3": Phi3Config(**SHAPE),
+    "gemma2": Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=32),
+    "gemma3_text": Gemma3TextConfig(**SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=32),
+    "phi3": Phi3Config(**{**SHAPE, "eos_token_id": 1}),
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -115,9 +115,16 @@ def test_the_numbers_are_the_models():
         "rope.dimension_count": 32,
         "vocab_size": 96,
     }
-    moe = fields_of(CONFIGS["qwen2_moe"].to_dict())
     keys = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
-    assert [moe[key] for key in keys] == [3, 2, 32, 48]
+    for kind, expected in {
+        "mixtral": [3, 2, None, None],
+        "qwen2_moe": [3, 2, 32, 48],
+        "qwen3_moe": [3, 2, 32, None],
+    }.items():
+        moe = fields_of(CONFIGS[kind].to_dict())
+        assert [moe.get(key) for key in keys] == expected
+    with pytest.raises(ExportError, match=r"config\.json has no num_local_experts"):
+        fields_of({**CONFIGS["mixtral"].to_dict(), "num_local_experts": None})
 
 
 def interleaved(x, angle):
@@ -209,9 +216,14 @@ def test_linear_and_yarn_scaling_are_named():
         (Qwen3Config(**SHAPE, attention_bias=True), "attention_bias True"),
         (Qwen3MoeConfig(**EXPERTS, norm_topk_prob=False), "norm_topk_prob False"),
         (Qwen2MoeConfig(**EXPERTS, mlp_only_layers=[1]), r"mlp_only_layers \[1\]"),
+        (Gemma2Config(**SHAPE, head_dim=16), "query_pre_attn_scalar 256"),
+        (
+            Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, layer_types=["full_attention"] * 2),
+            "block 0 has full_attention",
+        ),
         (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "'dynamic'"),
     ],
-    ids=["opt", "activation", "bias", "router", "dense blocks", "rope"],
+    ids=["opt", "activation", "bias", "router", "dense blocks", "scale", "windows", "rope"],
 )
 def test_what_llama_cpp_would_compute_differently_is_refused(config, problem):
     with pytest.raises(ExportError, match=problem) as error:
