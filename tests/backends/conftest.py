@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from llamacpp_oracle import llamacpp_python
 from vllm_oracle import VllmNotFound, vllm_python
+
+# Tiny models and their configurations, which other tests have.
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("e2e", "export")]
 
 
 def has_vllm() -> bool:

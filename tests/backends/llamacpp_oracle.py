@@ -36,7 +36,7 @@ class LlamaCppResult:
 
 
 def llamacpp_python() -> Path | None:
-    """The Python that has llama.cpp: that which is named, that which ``scripts/install_llamacpp.sh`` makes, or this one."""
+    """The Python with llama.cpp: the named one, that of ``scripts/install_llamacpp.sh``, or this one; or None."""
     if named := os.environ.get("LLMC_LLAMACPP_PYTHON"):
         return Path(named)
     made = Path(__file__).resolve().parents[2] / ".venv-llamacpp" / "bin" / "python"

@@ -93,9 +93,7 @@ def test_codes_come_from_the_stored_scale_so_rounding_twice_changes_nothing(weig
     first = quantize_weight(weight, spec)
     assert first.scale.dtype == spec.scale_dtype
     assert torch.equal(first.scale.float(), scale)
-    exact = replace(
-        first, spec=replace(spec, exact_product=True)
-    )  # 16 bits can't hold every product with an 8-bit code
+    exact = replace(first, spec=replace(spec, exact_product=True))  # 16 bits don't tell all 8-bit codes apart
     again = quantize_weight(exact.dequantize(), spec, (first.scale.float(), zero))
     assert torch.equal(again.codes, first.codes)
     assert torch.equal(first.dequantize(), fake_quantize_weight(weight, spec).to(spec.scale_dtype).float())
