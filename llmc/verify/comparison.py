@@ -1,9 +1,10 @@
 """A folder's weights beside another's: the evaluated model's, which are equal, or the original's, which are near.
 
 Against the model that was evaluated (``save_fake``) every weight is equal bit for bit. Against the model that was
-rounded, two numbers of each weight are looked at: its relative error ``|W' - W| / |W|``, and how far runs of 32 values
-are from the right size (the factor that fits ``W'`` to ``W`` best, less 1, as a root mean square over the runs), which
-exchanged scales change more than the error. A zeroed weight has an error of 1, a permuted one of about 1.4.
+rounded, two numbers of each weight are looked at: its relative error ``|W' - W| / |W|``, which is 1 of zeros and about
+1.4 of a permuted weight; and how far runs of 32 values are from the right size: the factor that fits ``W'`` to ``W``
+best, less 1, as a root mean square over the runs. Rounding hardly changes it, for its errors are even; exchanged scales
+do.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from .structure import Module
 
 _RUN = 32
 _WORST = 1.0  # nothing at all in a weight's place has this error
-_OUTLIER = 3.0  # times the median error of Linears of the same name
-_OFF = 5.0  # times their median gain; GPTQ's own varies by 3, exchanged scales of 4 bits change it tenfold
+_OUTLIER = 5.0  # times the median gain of Linears of one name; GPTQ's varies by 3, exchanged scales change it tenfold
 _LEAST = 0.05  # below that nothing is out of line
 _NARROW = 2.0**-7  # products of a code and a scale, rounded to bfloat16 here and to float16 there
 _ENOUGH = 8  # Linears of one name, to have a median that some damaged ones don't move
@@ -193,18 +193,17 @@ def _gain(mine: Tensor, other: Tensor) -> float:
 
 
 def _outliers(weights: Sequence[Difference]) -> list[tuple[Difference, str]]:
-    """Weights that have nothing to do with MODEL's, or less than others of their name."""
+    """Weights that have nothing to do with MODEL's, or that are of another size than others of their name."""
     found = []
     for one in weights:
         alike = [other for other in weights if other.name.rpartition(".")[2] == one.name.rpartition(".")[2]]
         alike = alike if len(alike) >= _ENOUGH else list(weights)
-        error, gain = median(other.error for other in alike), median(other.gain for other in alike)
+        gain = median(other.gain for other in alike)
         if not one.error < _WORST:
             found.append((one, f"has nothing to do with MODEL's: {_size(one)}"))
-        elif one.error > max(_LEAST, _OUTLIER * error):
-            found.append((one, f"is far from MODEL's: {_size(one)}, {error:.2e} is usual"))
-        elif one.gain > max(_LEAST, _OFF * gain):
-            found.append((one, f"has runs of another size than MODEL's, off by {one.gain:.1%}, {gain:.1%} is usual"))
+        elif one.gain > max(_LEAST, _OUTLIER * gain):
+            usual = f"{gain:.1%} is usual; {_size(one)}"
+            found.append((one, f"has runs of another size than MODEL's, off by {one.gain:.1%}, where {usual}"))
     return found
 
 

@@ -163,6 +163,27 @@ def test_damaged_values_are_found_beside_the_twin_and_beside_the_original(copied
         assert {finding.tensor for finding in report.findings} == tensors, said(report)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "damage", "problem"),
+    [
+        (
+            "w4-channel",
+            lambda f: swap(f, f"{Q}.weight_scale", "model.layers.2.self_attn.q_proj.weight_scale"),
+            "has runs of another size than MODEL's, off by ",
+        ),
+        ("w8a8", lambda f: change(f, f"{Q}.weight", torch.zeros_like), "has nothing to do with MODEL's"),
+        ("w8a8", lambda f: swap(f, f"{Q}.weight_scale", "model.layers.2.self_attn.q_proj.weight_scale"), "off by "),
+    ],
+)
+def test_the_original_tells_rounding_from_damage(copied, scheme, damage, problem):
+    made: Export = copied(scheme)
+    damage(made.vllm)
+    report = verify(made.vllm, made.original)
+    assert {finding.tensor for finding in report.findings} <= {Q, Q.replace("1", "2")}
+    assert report.findings[0].tensor == Q
+    assert problem in report.findings[0].problem
+
+
 @pytest.mark.parametrize("bit", [0, 6])
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_zero_point"])
 def test_a_flipped_bit_is_found_beside_the_twin(copied, part, bit):
