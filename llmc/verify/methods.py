@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
-from .compressed_tensors import CompressedTensors
+from .compressed import CompressedTensors
 from .layouts import DENSE, Layout
 from .modelopt import ModelOpt
 from .words import read_awq, read_fp8, read_gptq

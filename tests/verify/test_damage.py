@@ -36,10 +36,14 @@ def test_an_export_is_clean_by_itself_beside_its_twin_and_beside_the_original(ex
         report = verify(made.vllm, against)
         assert (said(report), report.exit_code, report.notes, report.unjudged) == ([], 0, [], "")
         assert any(f"{LINEARS} of {LINEARS + 2} Linears and embeddings quantized" in line for line in report.checked)
-    assert any(f"{LINEARS} quantized weights, relative error" in line for line in report.checked)
+    assert any(f"{LINEARS} weights, relative error" in line for line in report.checked)
     twin = verify(made.vllm, made.fake)
-    assert f"against MODEL: {LINEARS} of {LINEARS} quantized weights equal bit for bit" in twin.checked
+    assert f"against MODEL: {LINEARS} of {LINEARS} weights equal bit for bit" in twin.checked
     assert verify(made.fake).exit_code == verify(made.original).exit_code == 0
+    dense = verify(made.fake, made.original)
+    assert said(dense) == []
+    assert any("30 weights, relative error" in line for line in dense.checked)
+    assert "against MODEL: 30 of 30 weights equal bit for bit" in verify(made.original, made.original).checked
 
 
 def set_(value: float) -> Callable[[torch.Tensor], torch.Tensor]:

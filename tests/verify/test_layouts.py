@@ -93,7 +93,7 @@ def test_what_the_library_decompresses_is_what_is_compared(checkpoint, tmp_path,
         dense = BaseCompressor.get_value_from_registry(scheme.format).decompress(parts, scheme)["weight"]
         tensors[f"{linear}.weight"] = dense.float()
     twin = write_folder(tmp_path / "twin", tensors, read_config(source))
-    assert "28 of 28 quantized weights equal bit for bit" in verify(folder, twin).checked[4]
+    assert "28 of 28 weights equal bit for bit" in verify(folder, twin).checked[4]
     codes = next(part for part in CODES if f"model.layers.0.mlp.up_proj.{part}" in tensors_of(folder))
     swap(folder, f"model.layers.0.mlp.up_proj.{codes}", f"model.layers.1.mlp.up_proj.{codes}")
     report = verify(folder, twin)
@@ -204,7 +204,7 @@ def test_values_of_a_format_are_read_by_its_exporter(checkpoint, tmp_path, monke
     monkeypatch.setattr(llmc.verify.words, "EXPORTERS", (Nibbles,))
     report = verify(folder, fake)
     assert (report.exit_code, report.notes) == (0, [])
-    assert "against MODEL: 28 of 28 quantized weights equal bit for bit" in report.checked
+    assert "against MODEL: 28 of 28 weights equal bit for bit" in report.checked
     change(folder, "model.layers.2.mlp.down_proj.qweight", lambda tensor: tensor ^ 1)
     assert [one.tensor for one in verify(folder, fake).findings] == ["model.layers.2.mlp.down_proj"]
 
@@ -249,7 +249,7 @@ def test_fp8_in_blocks_is_multiplied_by_its_scales(checkpoint, tmp_path):
     fake = write_folder(tmp_path / "twin", twin, read_config(source))
     report = verify(folder, fake)
     assert (report.exit_code, [str(one) for one in report.findings]) == (0, [])
-    assert "against MODEL: 28 of 28 quantized weights equal bit for bit" in report.checked
+    assert "against MODEL: 28 of 28 weights equal bit for bit" in report.checked
     change(folder, "model.layers.0.mlp.up_proj.weight_scale_inv", lambda tensor: tensor / 2)
     assert [one.tensor for one in verify(folder, fake).findings] == ["model.layers.0.mlp.up_proj"]
 
@@ -368,7 +368,7 @@ def test_modelopts_layout_is_clean_until_it_is_damaged(checkpoint, tmp_path, alg
     fake = write_folder(tmp_path / "twin", twin, read_config(source))
     report = verify(folder, fake)
     assert [str(one) for one in report.findings] == []
-    assert "against MODEL: 28 of 28 quantized weights equal bit for bit" in report.checked
+    assert "against MODEL: 28 of 28 weights equal bit for bit" in report.checked
     linear = "model.layers.2.self_attn.k_proj"
     change(folder, f"{linear}.weight", lambda tensor: tensor.flip(0))
     assert [one.tensor for one in verify(folder, fake).findings] == [linear]
