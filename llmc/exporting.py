@@ -21,6 +21,7 @@ from .models import BlockSelection
 from .plan import original_bytes
 from .prepare import Prepared, check_exporters, prepare, source_of
 from .quant import InputRange, KvRanges, QuantSpec, QWeight, Scheme, UnitRecord, cache_scales
+from .report.metrics import SCHEMA
 from .run import stored_config, stored_source
 from .stream.files import sync_folder, write_json
 from .stream.sink import Sink
@@ -106,6 +107,10 @@ def _kind(name: str) -> type[Exporter]:
     return known[full]
 
 
+_NEEDED = {"config", "model", "outputs", "blocks", "blocks_dropped"}
+_NEEDED_OF_BLOCKS = {"unit", "inputs", "cache_ranges"}
+
+
 def _read_metrics(run: Path) -> dict[str, Any]:
     """``metrics.json`` of a finished run."""
     again = "--from takes the save_path of a finished run"
@@ -117,9 +122,14 @@ def _read_metrics(run: Path) -> dict[str, Any]:
         raise RunError(f"{run} has no {METRICS}", again) from None
     except (ValueError, OSError) as problem:
         raise RunError(f"{run / METRICS} can't be read: {problem}", again) from problem
-    if not isinstance(metrics, dict) or not {"config", "model", "outputs", "blocks"} <= metrics.keys():
-        raise RunError(f"{run / METRICS} isn't what a run writes", again)
+    if not isinstance(metrics, dict) or not _is_ours(metrics):
+        raise RunError(f"{run / METRICS} isn't what this version of llmc writes", again)
     return metrics
+
+
+def _is_ours(metrics: Mapping[str, Any]) -> bool:
+    known = metrics.get("schema") == SCHEMA and metrics.keys() >= _NEEDED
+    return known and all(row.keys() >= _NEEDED_OF_BLOCKS for row in metrics["blocks"])
 
 
 @dataclass(frozen=True)

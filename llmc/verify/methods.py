@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
-from .compressed_tensors import CompressedTensors
+from .compressed import CompressedTensors
 from .layouts import DENSE, Layout
+from .modelopt import ModelOpt
 from .words import read_awq, read_fp8, read_gptq
 
 
@@ -48,6 +49,7 @@ METHODS: dict[str, Callable[[Mapping[str, Any]], Method]] = {
     "awq": read_awq,
     "gptq": read_gptq,
     "fp8": read_fp8,
+    "modelopt": ModelOpt,
 }
 """Readers by ``quant_method``."""
 

@@ -43,4 +43,5 @@ def main(job: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its modules aren't to be taken for other packages
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -198,6 +198,10 @@ def test_a_scheme_that_the_backend_cannot_load_is_refused_by_its_own_check(case,
 def test_an_unfinished_run_and_no_run_at_all_are_refused(case, tmp_path, capsys, monkeypatch):
     assert export(tmp_path, "fake") == 2
     assert "--from takes the save_path of a finished run" in capsys.readouterr().err
+    for content in ("{", "[]", '{"schema": 1, "config": {}}'):
+        (tmp_path / "metrics.json").write_text(content)
+        assert export(tmp_path, "fake") == 2
+        assert "metrics.json " in capsys.readouterr().err
     run = case(eval=QUIET, save={"save_fake": False})
     with monkeypatch.context() as patch:
         patch.setattr(Sink, "write_index", lambda self, rows: 1 / 0)

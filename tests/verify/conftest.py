@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmc.quant import ActSpec, PerChannel, PerGroup, PerTensor, QuantSpec, Stat
 W4 = QuantSpec(4, False, PerGroup(32), scale_dtype=torch.bfloat16)
 SCHEMES: dict[str, tuple[QuantSpec, ActSpec | None]] = {
     "w4": (W4, None),
+    "w4-channel": (replace(W4, granularity=PerChannel()), None),
     "w8a8": (QuantSpec(8, True, PerChannel()), ActSpec(QuantSpec(8, False, PerTensor()), StaticMinMax())),
     "fp8": (QuantSpec.floating("e4m3", PerChannel()), None),
 }

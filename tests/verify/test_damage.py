@@ -36,10 +36,14 @@ def test_an_export_is_clean_by_itself_beside_its_twin_and_beside_the_original(ex
         report = verify(made.vllm, against)
         assert (said(report), report.exit_code, report.notes, report.unjudged) == ([], 0, [], "")
         assert any(f"{LINEARS} of {LINEARS + 2} Linears and embeddings quantized" in line for line in report.checked)
-    assert any(f"{LINEARS} quantized weights, relative error" in line for line in report.checked)
+    assert any(f"{LINEARS} weights, relative error" in line for line in report.checked)
     twin = verify(made.vllm, made.fake)
-    assert f"against MODEL: {LINEARS} of {LINEARS} quantized weights equal bit for bit" in twin.checked
+    assert f"against MODEL: {LINEARS} of {LINEARS} weights equal bit for bit" in twin.checked
     assert verify(made.fake).exit_code == verify(made.original).exit_code == 0
+    dense = verify(made.fake, made.original)
+    assert said(dense) == []
+    assert any("30 weights, relative error" in line for line in dense.checked)
+    assert "against MODEL: 30 of 30 weights equal bit for bit" in verify(made.original, made.original).checked
 
 
 def set_(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -161,6 +165,27 @@ def test_damaged_values_are_found_beside_the_twin_and_beside_the_original(copied
     for against in (made.fake, made.original):
         report = verify(made.vllm, against)
         assert {finding.tensor for finding in report.findings} == tensors, said(report)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "damage", "problem"),
+    [
+        (
+            "w4-channel",
+            lambda f: swap(f, f"{Q}.weight_scale", "model.layers.2.self_attn.q_proj.weight_scale"),
+            "has runs of another size than MODEL's, off by ",
+        ),
+        ("w8a8", lambda f: change(f, f"{Q}.weight", torch.zeros_like), "has nothing to do with MODEL's"),
+        ("w8a8", lambda f: swap(f, f"{Q}.weight_scale", "model.layers.2.self_attn.q_proj.weight_scale"), "off by "),
+    ],
+)
+def test_the_original_tells_rounding_from_damage(copied, scheme, damage, problem):
+    made: Export = copied(scheme)
+    damage(made.vllm)
+    report = verify(made.vllm, made.original)
+    assert {finding.tensor for finding in report.findings} <= {Q, Q.replace("1", "2")}
+    assert report.findings[0].tensor == Q
+    assert problem in report.findings[0].problem
 
 
 @pytest.mark.parametrize("bit", [0, 6])

@@ -93,7 +93,7 @@ def test_what_the_library_decompresses_is_what_is_compared(checkpoint, tmp_path,
         dense = BaseCompressor.get_value_from_registry(scheme.format).decompress(parts, scheme)["weight"]
         tensors[f"{linear}.weight"] = dense.float()
     twin = write_folder(tmp_path / "twin", tensors, read_config(source))
-    assert "28 of 28 quantized weights equal bit for bit" in verify(folder, twin).checked[4]
+    assert "28 of 28 weights equal bit for bit" in verify(folder, twin).checked[4]
     codes = next(part for part in CODES if f"model.layers.0.mlp.up_proj.{part}" in tensors_of(folder))
     swap(folder, f"model.layers.0.mlp.up_proj.{codes}", f"model.layers.1.mlp.up_proj.{codes}")
     report = verify(folder, twin)
@@ -204,7 +204,7 @@ def test_values_of_a_format_are_read_by_its_exporter(checkpoint, tmp_path, monke
     monkeypatch.setattr(llmc.verify.words, "EXPORTERS", (Nibbles,))
     report = verify(folder, fake)
     assert (report.exit_code, report.notes) == (0, [])
-    assert "against MODEL: 28 of 28 quantized weights equal bit for bit" in report.checked
+    assert "against MODEL: 28 of 28 weights equal bit for bit" in report.checked
     change(folder, "model.layers.2.mlp.down_proj.qweight", lambda tensor: tensor ^ 1)
     assert [one.tensor for one in verify(folder, fake).findings] == ["model.layers.2.mlp.down_proj"]
 
@@ -215,7 +215,7 @@ def test_values_of_a_format_are_read_by_its_exporter(checkpoint, tmp_path, monke
         ({"quant_method": "gptq", "bits": 5, "group_size": 32}, "quantization_config.bits is 5"),
         ({"quant_method": "awq", "bits": 4}, "quantization_config.group_size is None"),
         ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version: gemv"),
-        ({"quant_method": "bitsandbytes"}, "known are compressed-tensors, awq, gptq, fp8"),
+        ({"quant_method": "bitsandbytes"}, "known are compressed-tensors, awq, gptq, fp8, modelopt"),
         ({"quant_method": "compressed-tensors", "config_groups": 3}, "doesn't understand quantization_config"),
         (
             {
@@ -249,7 +249,7 @@ def test_fp8_in_blocks_is_multiplied_by_its_scales(checkpoint, tmp_path):
     fake = write_folder(tmp_path / "twin", twin, read_config(source))
     report = verify(folder, fake)
     assert (report.exit_code, [str(one) for one in report.findings]) == (0, [])
-    assert "against MODEL: 28 of 28 quantized weights equal bit for bit" in report.checked
+    assert "against MODEL: 28 of 28 weights equal bit for bit" in report.checked
     change(folder, "model.layers.0.mlp.up_proj.weight_scale_inv", lambda tensor: tensor / 2)
     assert [one.tensor for one in verify(folder, fake).findings] == ["model.layers.0.mlp.up_proj"]
 
@@ -326,3 +326,74 @@ def test_scales_of_a_static_cache_are_expected_where_the_config_speaks_of_them(e
     assert {one.tensor for one in without} == scales.keys()
     unasked = verify(write_folder(tmp_path / "unasked", tensors | scales, content)).findings
     assert {one.tensor for one in unasked} == scales.keys()
+
+
+# --- ModelOpt ------------------------------------------------------------------------------------------------------
+
+
+def modelopt_parts(weight: Tensor, algorithm: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight in ModelOpt's layout, and what it then is, by the arithmetic of its own documentation."""
+    rows, columns = weight.shape
+    if algorithm == "NVFP4":
+        codes = torch.randint(8, (rows, columns), generator=torch.Generator().manual_seed(0))
+        values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[codes]
+        scale, whole = torch.full((rows, columns // 16), 1.5).to(torch.float8_e4m3fn), torch.tensor(0.01)
+        parts = {"weight": (codes[:, 0::2] | (codes[:, 1::2] << 4)).to(torch.uint8), "weight_scale": scale}
+        return {**parts, "weight_scale_2": whole, "input_scale": torch.tensor(0.02)}, values * 1.5 * 0.01
+    if algorithm == "W4A16_AWQ":
+        scale = weight.float().reshape(rows, -1, 32).abs().amax(2) / 7
+        codes = (weight.float() / scale.repeat_interleave(32, 1)).round().int()
+        packed = ((codes[0::2] & 15) | ((codes[1::2] & 15) << 4)).to(torch.uint8)
+        smooth = torch.full((columns,), 0.5, dtype=torch.bfloat16)
+        parts = {"weight": packed, "weight_scale": scale, "pre_quant_scale": smooth}
+        return parts, codes * scale.repeat_interleave(32, 1) * 0.5
+    scale = weight.float().abs().max() / 448
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.02)}, codes.float() * scale
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "W4A16_AWQ", "NVFP4"])
+def test_modelopts_layout_is_clean_until_it_is_damaged(checkpoint, tmp_path, algorithm):
+    source = checkpoint("llama").folder
+    tensors, twin = tensors_of(source), tensors_of(source)
+    for name in linears_of(twin):
+        parts, dense = modelopt_parts(tensors.pop(f"{name}.weight"), algorithm)
+        if algorithm == "FP8":  # one scale for what runs as one
+            parts["weight_scale"], dense = torch.tensor(0.02), parts["weight"].float() * 0.02
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        twin[f"{name}.weight"] = dense.float()
+    section = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head", "*embed_tokens"]}
+    section |= {"group_size": 32} if algorithm == "W4A16_AWQ" else {}
+    folder = write_folder(tmp_path / "folder", tensors, read_config(source) | {"quantization_config": section})
+    fake = write_folder(tmp_path / "twin", twin, read_config(source))
+    report = verify(folder, fake)
+    assert [str(one) for one in report.findings] == []
+    assert "against MODEL: 28 of 28 weights equal bit for bit" in report.checked
+    linear = "model.layers.2.self_attn.k_proj"
+    change(folder, f"{linear}.weight", lambda tensor: tensor.flip(0))
+    assert [one.tensor for one in verify(folder, fake).findings] == [linear]
+    shared = {"FP8": "input_scale", "NVFP4": "weight_scale_2"}
+    if algorithm in shared:
+        change(folder, f"{linear}.{shared[algorithm]}", lambda tensor: tensor * 2)
+        assert f"{linear}.{shared[algorithm]}" in {one.tensor for one in verify(folder).findings}
+    change(folder, f"{linear}.weight_scale", lambda tensor: None)
+    assert f"{linear}.weight_scale" in {one.tensor for one in verify(folder).findings}
+
+
+def test_modelopts_mixed_checkpoints_name_each_linear(checkpoint, tmp_path):
+    source = checkpoint("llama").folder
+    tensors = tensors_of(source)
+    name = "model.layers.0.mlp.down_proj"
+    parts, _ = modelopt_parts(tensors.pop(f"{name}.weight"), "FP8")
+    tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    tensors |= {f"model.layers.{i}.self_attn.{p}_proj.{p}_scale": torch.tensor(0.1) for i in range(4) for p in "kv"}
+    section: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    section |= {"quantized_layers": {name: {"quant_algo": "FP8"}}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+    content = read_config(source) | {"quantization_config": section}
+    folder = write_folder(tmp_path / "folder", tensors, content)
+    assert [str(one) for one in verify(folder).findings] == []
+    change(folder, "model.layers.3.self_attn.v_proj.v_scale", lambda tensor: None)
+    assert {one.tensor for one in verify(folder).findings} == {"model.layers.3.self_attn.v_proj.v_scale"}
+    section["quantized_layers"] = {name: {"quant_algo": "FP9"}}
+    edit_json(folder / "config.json", lambda c: c.update(quantization_config=section))
+    assert "quant_algo FP9 isn't known here" in verify(folder).unjudged

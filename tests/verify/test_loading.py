@@ -83,6 +83,10 @@ def test_a_text_that_cannot_be_used_is_refused(loadable, tmp_path):
 
 
 VLLM = """
+import importlib.util
+
+assert importlib.util.find_spec("comparison") is None, "the worker's neighbours are taken for packages"
+
 class SamplingParams:
     def __init__(self, **options):
         self.options = options
