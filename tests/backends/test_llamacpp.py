@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from cases import write_pieces
 from llamacpp_oracle import LlamaCppJob, llamacpp_python, run_llamacpp
+from real import real_model, text
+from test_gguf_models import CONFIGS, LLAMA3, SHAPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 import llmc
 from llmc.export import Source
 from llmc.export.gguf_file import write_gguf
-
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("e2e", "export")]
-from cases import write_pieces
-from real import real_model, text
-from test_gguf_models import CONFIGS, LLAMA3, SHAPE
 
 CHUNKS, LENGTH = 2, 256
 PROMPT = "The capital of France is"
