@@ -19,7 +19,14 @@ from tokenizers import AddedToken, Tokenizer
 
 from ..errors import ExportError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # ggml's types of tokens; SentencePiece's pieces too
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # ggml's types of tokens; SentencePiece's pieces too
 _PADDING_SCORE, _ADDED_SCORE = -10000.0, -1000.0
 _SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")  # marked as ordinary by some models
 _REMEDY = "write save_vllm or save_fake"
@@ -44,6 +51,11 @@ class Vocabulary:
     types: list[int]
     scores: list[float] | None = None
     space_prefix: bool | None = None
+
+    @property
+    def covers_all_bytes(self) -> bool:
+        """Whether any text can be said in it. Byte-level BPE always can."""
+        return self.scores is None or self.types.count(BYTE) == 256
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:

@@ -72,8 +72,14 @@ class LlamaCpp(Exporter):
                 f"save_llamacpp: llama.cpp's {found.name} has no tensor for {homeless[0]}",
                 "write save_vllm or save_fake",
             )
-        read_vocabulary(source.folder, int(source.config["vocab_size"]))
-        return limits_of(source.config)
+        vocabulary = read_vocabulary(source.folder, int(source.config["vocab_size"]))
+        warnings = limits_of(source.config)
+        if not vocabulary.covers_all_bytes:
+            warnings.append(
+                "save_llamacpp: tokenizer.model has no pieces for single bytes; llama.cpp stops at a character that no "
+                "piece has"
+            )
+        return warnings
 
     def nbytes(self, layer: Layer) -> int:
         """Blocks and zero points."""

@@ -15,9 +15,12 @@ from real import real_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, MixtralConfig
 
+from llmc.algorithms import options_types
+from llmc.config import load_config
 from llmc.errors import ConfigError, ExportError
 from llmc.export import Source, gguf_file, llamacpp
 from llmc.export.gguf_tokenizer import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
+from llmc.prepare import prepare
 
 SAVED = {"save_vllm": False, "save_fake": True, "save_llamacpp": True}
 FAMILIES = ["llama", "llama-tied", "mistral", "qwen2", "qwen3"]
@@ -250,6 +253,13 @@ def test_without_the_gguf_package_nothing_starts(case, pieced, monkeypatch):
 def test_a_tokenizer_that_gguf_does_not_know_is_refused(case, source):
     with pytest.raises(ExportError, match=r"neither a byte-level BPE in tokenizer.json nor .* tokenizer.model"):
         case(source, save=SAVED).compress()
+
+
+def test_pieces_without_bytes_are_told(case, pieced):
+    run = case(pieced("mistral"), save=SAVED)
+    warnings = prepare(load_config(run.content, methods=options_types())).warnings
+    assert [text for text in warnings if "no pieces for single bytes" in text]
+    assert [text for text in warnings if "attends to all tokens, the model to the last 8" in text]
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
