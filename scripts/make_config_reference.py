@@ -40,11 +40,11 @@ A run is one YAML file; its sections, keys and method names are those of LLMC. E
 
 
 def main() -> None:
-    PAGE.write_text(render(), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE}")
 
 
-def render() -> str:
+def page() -> str:
     parts = [INTRODUCTION, "# Sections\n"]
     shown: dict[type[BaseModel], str] = {}
     for path, model in sections(Config, ""):

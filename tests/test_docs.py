@@ -56,11 +56,12 @@ def test_command_lines_have_only_options_that_exist(page, command, made):
     assert {option for line in lines for option in re.findall(r"(?<!\S)--[\w-]+", line)} <= known
 
 
-def test_the_configuration_page_is_up_to_date():
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "make_config_reference.py")
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
-    assert reference.PAGE.read_text(encoding="utf-8") == reference.render(), "run scripts/make_config_reference.py"
+@pytest.mark.parametrize("script", ["make_config_reference", "make_backends_table"])
+def test_generated_pages_are_up_to_date(script):
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    assert maker.PAGE.read_text(encoding="utf-8") == maker.page(), f"run scripts/{script}.py"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.name)
