@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ExportError
 from ..quant import PerBlock, QuantSpec, Scheme, UnitRecord
-from .base import Exporter, Layer
+from .base import Exporter, Layer, with_dtype
 from .ct_layouts import Codes, Layout, Packed, Pairs, input_nbytes, input_tensors
 from .shared import check_cache, check_fused
 from .vllm_rotations import check_rotations, transforms
@@ -127,11 +127,19 @@ class VLLM(Exporter):
             kv_cache_scheme=None if self.kv is None else _CACHE_SCHEME,
         ).model_dump(mode="json")
         quantization |= {"quant_method": "compressed-tensors"} | transforms(layers)
-        return {**original, "quantization_config": quantization}
+        return {**self._in_dtype_of_scales(original), "quantization_config": quantization}
 
     def serve(self, folder: Path) -> str:
         """vLLM's own server."""
         return f"vllm serve {folder}"
+
+    def _in_dtype_of_scales(self, original: dict[str, Any]) -> dict[str, Any]:
+        """The configuration with the dtype of packed weights' scales: the backend casts them to what it runs in."""
+        specs = [scheme.weight for scheme in self.schemes if _layout(scheme) is _LAYOUTS[PACKED]]
+        narrow = {spec.scale_dtype for spec in specs if spec is not None} & {torch.float16, torch.bfloat16}
+        if len(narrow) != 1 or narrow == {self.stored}:
+            return original
+        return with_dtype(original, narrow.pop())
 
     def _of_cache_alone(self) -> list[str]:
         if self.kv is None:

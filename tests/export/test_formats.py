@@ -197,6 +197,12 @@ def test_transformers_and_compressed_tensors_load_the_config(spec):
         assert loaded.format == "pack-quantized"
 
 
+def test_vllm_runs_in_the_dtype_of_the_scales():
+    other = replace(SYM4, scale_dtype=torch.float16)  # as it is where another format that is saved wants it
+    found = [exporter(VLLM, spec).config({"dtype": "bfloat16"}, layers(spec, spec))["dtype"] for spec in (SYM4, other)]
+    assert found == ["bfloat16", "float16"]
+
+
 def test_ignored_linears_are_named_exactly():
     config = exporter(VLLM).config({}, layers(None, None))
     assert {"lm_head", *FUSED} <= set(config["quantization_config"]["ignore"])
