@@ -26,6 +26,7 @@ STAND_INS = "LLMC_VLLM_STAND_INS"
 # Scheme of a checkpoint -> x86 CPU flags any one of which vLLM's kernel for it needs, and what happens without.
 X86_NEEDS = {
     "W4A16": ({"avx512f"}, "vLLM's AVX2 build has no int4 kernel (cpu_gemm_wna16)"),
+    "FP8 cache": ({"avx512f"}, "vLLM's AVX2 build refuses an FP8 KV cache"),
     "W8A8": (
         {"avx512_vnni", "avx_vnni"},
         "without VNNI the int8 product adds pairs in 16 bits, which saturate: vLLM's log-probabilities are off",
@@ -99,7 +100,8 @@ def vllm_python() -> Path:
 def kernel_gap(scheme: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     """Why this CPU can't tell a good checkpoint of that scheme from a bad one, or None if nothing is known against it.
 
-    ``scheme`` is "W4A16" (AWQ and GPTQ use the same kernel), "W8A8" (integers), or anything else, which has no gap.
+    ``scheme`` is "W4A16" (AWQ and GPTQ use the same kernel), "W8A8" (integers), "FP8 cache", or anything else, which
+    has no gap.
     """
     if scheme not in X86_NEEDS or not cpuinfo.is_file():
         return None

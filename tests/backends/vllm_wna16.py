@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_dense: dict[int, Tensor] = {}
 _BLOCK = 16  # output channels that vLLM interleaves for its kernel
 
 
@@ -26,14 +27,21 @@ def gemm(
 
     ``scales`` are ``[groups, out]``, ``zeros`` int32 ``[groups, out / 8]``.
     """
-    columns, rows, groups = input.shape[-1], scales.shape[1], scales.shape[0]
+    key = q_weight.data_ptr()  # a layer's weight stays where it is
+    if key not in _dense:
+        _dense[key] = dense(q_weight, scales, zeros, pack_factor, input.shape[-1]).to(input.dtype)
+    return torch.nn.functional.linear(input, _dense[key], bias)
+
+
+def dense(q_weight: Tensor, scales: Tensor, zeros: Tensor | None, pack_factor: int, columns: int) -> Tensor:
+    """The weight ``[out, in]`` in float32."""
+    rows, groups = scales.shape[1], scales.shape[0]
     words = q_weight.view(rows // _BLOCK, columns, _BLOCK // pack_factor)
     codes = _nibbles(words).reshape(rows // _BLOCK, columns, _BLOCK).permute(0, 2, 1).reshape(rows, columns)
     offsets = torch.full((groups, rows), 8) if zeros is None else _nibbles(zeros).reshape(groups, rows)
     size = columns // groups
     steps = scales.float().T.repeat_interleave(size, 1)
-    weight = (codes - offsets.T.repeat_interleave(size, 1)).float() * steps
-    return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
+    return (codes - offsets.T.repeat_interleave(size, 1)).float() * steps
 
 
 def _nibbles(words: Tensor) -> Tensor:
