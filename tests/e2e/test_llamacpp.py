@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, MixtralConfig
 
 from llmc.algorithms import options_types
+from llmc.cli import main
 from llmc.config import load_config
 from llmc.errors import ConfigError, ExportError
 from llmc.export import Source, gguf_file, llamacpp
@@ -77,6 +78,21 @@ def test_the_file_holds_the_evaluated_weights_and_nothing_else(case, pieced, fam
     }
     assert {kinds[name] for name in kinds if "norm" in name or "bias" in name} == {"F32"}
     assert kinds["token_embd.weight"] == "BF16"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_finished_run_for_vllm_becomes_a_file_with_its_codes(case, pieced, family, capsys):
+    weight = {"bit": 4, "symmetric": True, "granularity": "per_group", "group_size": 32}
+    run = case(pieced(family), quant={"weight": weight}, eval={"eval_pos": []})
+    run.compress()
+    assert main(["export", "--from", str(run.save_path), "--to", "llamacpp"]) == 0
+    assert "evaluated in bfloat16, are rounded to float32" in " ".join(capsys.readouterr().out.split())
+    expected, found = evaluated(run), weights(run)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name].bfloat16().float(), tensor) for name, tensor in expected.items())
+    assert set(types(run).values()) == {"Q4_0", "BF16", "F32"}
+    folder = run.save_path / "llamacpp_quant_model"
+    assert not [path for path in folder.iterdir() if path.is_dir()]
 
 
 def test_the_parts_are_gone_and_the_folder_has_the_side_files(case, pieced):
