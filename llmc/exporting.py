@@ -161,7 +161,8 @@ class _Finished:
         dropped = (metrics["blocks_dropped"] or {"dropped": []})["dropped"]
         selection = BlockSelection(len(prepared.skeleton.blocks), prepared.adapter.blocks, frozenset(dropped))
         rows = {row["unit"]: row for row in metrics["blocks"]}
-        written = [kind for kind in EXPORTERS if kind.name in metrics["outputs"] and not kind.transformed_only]
+        models = [kind for kind in EXPORTERS if kind.stores_weights and not kind.transformed_only]
+        written = [kind for kind in models if kind.name in metrics["outputs"]]
         for kind in written:
             exporter = _exporter(kind, prepared, prepared.recipe, prepared.layers)
             found = cls(folder, prepared, selection, rows, _sink(folder, exporter, selection))
@@ -334,6 +335,11 @@ def _job(finished: _Finished, kind: type[Exporter]) -> _Job:
         ExportError: it can't store them.
     """
     prepared = finished.prepared
+    if kind.wants_squares:
+        raise ExportError(
+            f"{kind.name} is made while calibration text goes through the model, and nothing of that is kept",
+            f"next time set {kind.name}: True in the run itself",
+        )
     if kind.transformed_only and any(layer.spec is not None for layer in prepared.layers):
         raise ExportError(
             f"{kind.name} holds weights before they are rounded, and the run kept only what came out",

@@ -211,9 +211,9 @@ def _sinks(
     sinks = [sink(e, workspace.shards(e)) for e in prepared.exporters if not e.transformed_only]
     transformed = [sink(e, workspace.shards(e)) for e in prepared.exporters if e.transformed_only]
     compute, recipe = prepared.skeleton.model.dtype, prepared.recipe
-    if keep_records and not sinks:
+    if keep_records and not any(e.stores_weights for e in prepared.exporters if not e.transformed_only):
         kept = FakeQuant(recipe.spec, prepared.stored, compute, schemes=mixed_schemes(recipe, prepared.layers))
-        sinks = [sink(kept, workspace.state / "compressed")]
+        sinks = [sink(kept, workspace.state / "compressed"), *sinks]
     if keep_records and not transformed and "transformed" in positions_of(prepared.evaluations, prepared.recipe.kv):
         transformed = [sink(Transformed(recipe.spec, prepared.stored, compute), workspace.state / "transformed")]
     return sinks, transformed[0] if transformed else None

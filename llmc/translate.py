@@ -114,12 +114,16 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
             kv=kv,
             rules=make_rules(quant, packing) if quant else (),
         )
+    asked = {name for name, value in config.save if value is True}
+    if any(kind.wants_squares for kind in EXPORTERS if kind.name in asked):
+        recipe = replace(recipe, observes=True)
     if sparse is not None and sparse.method == SHORTGPT:
         recipe = replace(recipe, drop_blocks=sparse.weight.n_prune_layers or 0)
     if recipe.needs_data and config.calib is None:
         asking = [SHORTGPT] * (recipe.drop_blocks > 0)
         asking += [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
         static = [one for one in recipe.acts if one.observer is not None]
+        asking += ["save.save_imatrix"] * recipe.observes
         asking += [f"{'quant.act' if one == act else 'quant.mix_bits'} ({one.describe()})" for one in static]
         raise ConfigError(
             f"{asking[0]} needs calibration text, but there is no section 'calib'",

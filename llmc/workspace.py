@@ -171,7 +171,8 @@ class Workspace:
         folder = self.path / exporter.folder
         folder.mkdir(exist_ok=True)
         remove_unfinished(folder)
-        copy_side_files(source.folder, folder)
+        if exporter.stores_weights:
+            copy_side_files(source.folder, folder)
         written = [row["outputs"][exporter.name] for row in rows]
         names = {name for part in written for name in part["names"]}
         missing = [layer.name for layer in layers if not any(name.startswith(f"{layer.name}.") for name in names)]
@@ -191,13 +192,14 @@ class Workspace:
             files = [whole]
         for name, content in exporter.extra_files(original, layers).items():
             write_json(folder / name, content)
-        write_json(folder / CONFIG, exporter.config(original, layers))
+        if exporter.stores_weights:
+            write_json(folder / CONFIG, exporter.config(original, layers))
         sync_folder(folder)
-        weights = sum(part["weights"] for part in written)
+        bits = 8 * sum(file.stat().st_size for file in files) / sum(part["weights"] for part in written)
         return {
             "folder": str(folder),
             "bytes": sum(entry.stat().st_size for entry in folder.iterdir() if entry.is_file()),
-            "bits_per_weight": 8 * sum(file.stat().st_size for file in files) / weights,
+            "bits_per_weight": bits if exporter.stores_weights else None,
             "tensors": count,
             "serve": exporter.serve(folder),
         }

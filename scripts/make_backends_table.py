@@ -114,7 +114,7 @@ def judged(kind: type[Exporter], quant: Mapping[str, Any]) -> tuple[str, str]:
 
 def render() -> str:
     """Everything between the page's two marks."""
-    kinds = [kind for kind in EXPORTERS if not kind.transformed_only]
+    kinds = [kind for kind in EXPORTERS if kind.stores_weights and not kind.transformed_only]
     lines = [f"| | {' | '.join(f'`{kind.name}`' for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     notes: dict[str, list[str]] = {kind.name: [] for kind in kinds}
     for name, quant in SCHEMES.items():

@@ -45,6 +45,7 @@ class Recipe:
         rules: other schemes for some Linears; the first that means a Linear counts.
         drop_blocks: how many blocks of the least influence are left out.
         clustered: how tensors inside the blocks are quantized by a method that clusters channels; None: they aren't.
+        observes: whether a format wants to know how large the transformed model's activations are.
     """
 
     steps: tuple[Step, ...]
@@ -57,6 +58,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     drop_blocks: int = 0
     clustered: ActSpec | None = None
+    observes: bool = False
 
     @property
     def changes(self) -> bool:
@@ -127,7 +129,8 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether any step, a static KV cache or the survey of all blocks wants calibration tokens."""
-        return self.calibrates_cache or self.drop_blocks > 0 or any(step.needs.data for step in self.steps)
+        surveyed = self.calibrates_cache or self.drop_blocks > 0 or self.observes
+        return surveyed or any(step.needs.data for step in self.steps)
 
     @property
     def calibrates_cache(self) -> bool:
@@ -143,7 +146,7 @@ class Recipe:
     def original_stream(self) -> bool:
         """Whether any step is calibrated on the original model's activations, or learns what it does with them."""
         reading = (step.needs for step in self.steps if step.needs.data)
-        return any(needs.targets or not needs.compressed_stream for needs in reading)
+        return self.observes or any(needs.targets or not needs.compressed_stream for needs in reading)
 
 
 _ORDER = ("transform", "pruner", "quantizer")

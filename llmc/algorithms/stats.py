@@ -79,6 +79,11 @@ class SumSquares:
         self.tokens += len(tokens)
 
     @property
+    def total(self) -> Tensor:
+        """The sum, ``[in]``."""
+        return self._sum
+
+    @property
     def norm(self) -> Tensor:
         """Root of the mean square, ``[in]``; zeros before the first token."""
         return (self._sum / max(self.tokens, 1)).sqrt()

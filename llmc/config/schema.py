@@ -200,6 +200,7 @@ class SaveConfig(Section):
     save_mlcllm: bool = Field(False, description="Save for MLC-LLM.")
     save_trtllm: bool = Field(False, description="Save for TensorRT-LLM.")
     save_llamacpp: bool = Field(False, description="Save for llama.cpp: one GGUF file.")
+    save_imatrix: bool = Field(False, description="Save how large inputs are, for llama.cpp's llama-quantize.")
     trtllm_cfg: TrtllmConfig | None = Field(None, description="Refused: TensorRT-LLM has no engines any more.")
 
     @model_validator(mode="after")

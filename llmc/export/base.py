@@ -86,6 +86,12 @@ class Exporter:
 
     name: ClassVar[str]
     folder: ClassVar[str]
+    stores_weights: ClassVar[bool] = True
+    """Whether the model is in it; else it holds what is known about the model."""
+
+    wants_squares: ClassVar[bool] = False
+    """Whether it stores the squares of all Linears' inputs on the calibration text."""
+
     transformed_only: ClassVar[bool] = False
     """Whether it stores the transformed model without quantization."""
 

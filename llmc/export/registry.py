@@ -6,6 +6,7 @@ from .autoawq import MLCLLM, AutoAWQ
 from .autogptq import AutoGPTQ
 from .base import Exporter
 from .dense import FakeQuant, Transformed
+from .imatrix import Imatrix
 from .lightllm import LightLLM
 from .llamacpp import LlamaCpp
 from .sglang import SGLang
@@ -23,4 +24,5 @@ EXPORTERS: tuple[type[Exporter], ...] = (
     LlamaCpp,
     FakeQuant,
     Transformed,
+    Imatrix,
 )

@@ -9,7 +9,7 @@ from .kv import CacheScheme, Fp8Grid, IntGrid, KvCache, KvRanges, KvSpec, cache_
 from .linear import InputQuantizer
 from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, StaticMinMax
 from .qweight import QWeight
-from .record import UnitRecord
+from .record import InputSquares, UnitRecord
 from .scheme import Scheme
 from .sparsity import Sparsity, lowest, prune_mask
 from .spec import (
@@ -41,6 +41,7 @@ __all__ = [
     "HistogramMse",
     "InputQuantizer",
     "InputRange",
+    "InputSquares",
     "IntGrid",
     "KvCache",
     "KvRanges",

@@ -43,6 +43,8 @@ def duration(seconds: float) -> str:
 def _size(original: int, output: Mapping[str, Any]) -> str:
     """Size of a written folder, beside the original's weights, and the bits of a weight in its files."""
     size, bits = output["bytes"], output["bits_per_weight"]
+    if bits is None:
+        return human(size)
     return f"{human(original)} -> {human(size)} ({size / original:.0%}), {bits:.2f} bits per weight overall"
 
 

@@ -28,6 +28,7 @@ from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import (
     ActSpec,
     InputRange,
+    InputSquares,
     KvRanges,
     QWeight,
     Scheme,
@@ -38,6 +39,7 @@ from ..quant import (
 from .clustered import ClusteredBlock
 from .inputs import BlockInputs
 from .memory import trim_heap, unheaped
+from .squares import observe_squares
 from .stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
 from .stored import StoredBlock
 from .training import LearningCalls, repeatable
@@ -87,6 +89,7 @@ class BlockWork:
     clips: dict[str, ClipRatios] = field(default_factory=dict)
     pruned: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, list[float]] = field(default_factory=dict)
+    squares: dict[str, InputSquares] = field(default_factory=dict)
     ranges: KvRanges | None = None
     tuning: TuneNote | None = None
     _pending: list[Tensor] | None = None
@@ -137,10 +140,11 @@ class BlockWork:
         have read them; where nobody reads the inputs, at once.
         """
         readers = [s for s in self._data_steps() if not s.needs.compressed_stream]
-        single = len(readers) == 1 and not readers[0].needs.sequential and not readers[0].needs.targets
+        observes = self.context.recipe.observes
+        single = len(readers) == 1 and not observes and not (readers[0].needs.sequential or readers[0].needs.targets)
         first = single and readers[0] is self.context.recipe.in_block[0]
         pending = None
-        if original is not None and not readers:
+        if original is not None and not readers and not observes:
             propagate(original)
         elif original is not None and not first:
             pending = [original.forward(batch).cpu() for batch in range(len(original.inputs))]
@@ -153,6 +157,9 @@ class BlockWork:
                 self._prune(step, run, keep=run is original and first)
         self._pending = pending
         self._store_plain()
+        if observes and original is not None:
+            context = self.context
+            self.squares = observe_squares(original, context.subsets, context.online, context.device)
 
     def _prune(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
         """Run the pruner. With nothing behind it, a staged forward ends with the block's final weights."""
@@ -373,7 +380,8 @@ class BlockWork:
             return UnitRecord(plain=self.weights.plain())
         codes = {self.weights.module(name): weight.to("cpu") for name, weight in self.quantized.items()}
         plain = self.weights.plain(leave_out=self.quantized)
-        return UnitRecord(plain, codes, inputs=self._input_ranges(), cache=self._cache_scales())
+        squares = {self.weights.module(name): one for name, one in self.squares.items()}
+        return UnitRecord(plain, codes, inputs=self._input_ranges(), cache=self._cache_scales(), squares=squares)
 
     def _input_ranges(self) -> dict[str, InputRange]:
         """Calibrated ranges by the checkpoint's names of the Linears."""
