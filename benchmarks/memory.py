@@ -9,7 +9,8 @@ in the checkpoint. Below each table is the slope of a straight line fitted to th
 bytes: 0 % if memory doesn't depend on depth, 100 % if every block stays in memory as stored. A read ratio of 1 means
 that every tensor was read once.
 
-Two methods are measured: RTN, which needs no data, and GPTQ with 8 samples of 128 tokens.
+Two methods are measured: RTN, which needs no data, and GPTQ with 8 samples of 128 tokens. ``--exports fake`` also
+measures ``llmc export`` of each finished run.
 """
 
 from __future__ import annotations
@@ -116,7 +117,11 @@ def measure_methods(args: argparse.Namespace, blocks: int) -> Iterator[tuple[str
             save_path, config_path = folder / method, folder / f"{method}.yml"
             config_path.write_text(yaml.safe_dump(llmc_config(method, model, calib, save_path), sort_keys=False))
             usage = measure([*args.llmc_command, "--config", config_path])
-            yield method, Measurement(blocks, usage, block_bytes(sizes), sum(sizes.values()), bytes_read(save_path))
+            block, whole = block_bytes(sizes), sum(sizes.values())
+            yield method, Measurement(blocks, usage, block, whole, bytes_read(save_path))
+            for target in args.exports:
+                usage = measure([*args.llmc_command, "export", "--from", save_path, "--to", target])
+                yield f"{method}, exported to {target}", Measurement(blocks, usage, block, whole, None)
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -162,6 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--exports", nargs="+", default=[], metavar="FORMAT", help="what finished runs are exported to")
     parser.add_argument("--temporary", type=Path, help="where to make the temporary folder, which takes 2 GB a method")
     parser.add_argument(
         "--sizes", type=shlex.split, default=[], help='other sizes for synthetic_llama.py, such as "--hidden 1024"'
@@ -177,11 +183,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    measurements: dict[str, list[Measurement]] = {method: [] for method in args.methods}
+    measurements: dict[str, list[Measurement]] = {}
     try:
         for blocks in args.blocks:
             for method, measurement in measure_methods(args, blocks):
-                measurements[method].append(measurement)
+                measurements.setdefault(method, []).append(measurement)
                 print(f"{method}: {measurement}", file=sys.stderr, flush=True)
     except CommandFailed as error:
         sys.exit(str(error))
