@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with the real llama.cpp (llama-cpp-python), the oracle of tests/backends/test_llamacpp.py.
+# Makes a virtual environment with the real llama.cpp (llama-cpp-python), the oracle of tests/backends/test_real_llamacpp.py.
 #
 #   scripts/install_llamacpp.sh [FOLDER]        default: .venv-llamacpp in the project root
 #

@@ -20,8 +20,8 @@ def has_vllm() -> bool:
 
 
 MISSING = {
-    "test_llamacpp.py": None if llamacpp_python() else "llama.cpp (LLMC_LLAMACPP_PYTHON)",
-    "test_vllm.py": None if has_vllm() else "vLLM (LLMC_VLLM_PYTHON)",
+    "test_real_llamacpp.py": None if llamacpp_python() else "llama.cpp (LLMC_LLAMACPP_PYTHON)",
+    "test_real_vllm.py": None if has_vllm() else "vLLM (LLMC_VLLM_PYTHON)",
 }
 collect_ignore = [file for file, backend in MISSING.items() if backend]
 

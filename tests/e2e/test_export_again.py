@@ -161,37 +161,12 @@ def test_what_cannot_be_made_is_refused_with_the_reason(case, capsys, save, targ
     assert files_of(run.save_path) == before
 
 
-def test_a_scheme_that_the_backend_cannot_load_is_refused_by_its_own_check(case, formats, capsys, monkeypatch):
-    class Wide(FakeQuant):
-        """Stores codes of any width."""
-
-        name, folder = "save_sgl", "sgl_quant_model"
-
-        def tensors(self, unit):
-            codes = {f"{name}.weight_scale": weight.scale for name, weight in unit.quantized.items()}
-            return unit.plain | codes | {f"{name}.codes": weight.codes for name, weight in unit.quantized.items()}
-
-        def read(self, tensors):
-            from llmc.quant import QWeight, UnitRecord
-
-            names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
-            parts = {f"{name}.{part}" for name in names for part in ("codes", "weight_scale")}
-            return UnitRecord(
-                plain={name: tensor for name, tensor in tensors.items() if name not in parts},
-                quantized={
-                    name: QWeight(tensors[f"{name}.codes"], tensors[f"{name}.weight_scale"], None, self.spec)
-                    for name in names
-                },
-            )
-
-    formats(Wide)
-    run = case(
-        eval=QUIET, quant={"weight": {**W8, "bit": 3}}, save={"save_vllm": False, "save_fake": False, "save_sgl": True}
-    )
+def test_a_scheme_that_the_backend_cannot_load_is_refused_by_its_own_check(case, capsys):
+    run = case(eval=QUIET, quant={"weight": {**W8, "bit": 3}}, save={"save_vllm": True, "save_fake": False})
     run.compress()
-    assert export(run.save_path, "vllm") == 2
-    assert "vLLM has no kernel for 3-bit weights" in capsys.readouterr().err
-    assert not (run.save_path / VLLM_FOLDER).exists()
+    assert export(run.save_path, "sgl") == 2
+    assert "SGLang doesn't run W3 channel sym" in capsys.readouterr().err
+    assert not (run.save_path / "sgl_quant_model").exists()
     assert export(run.save_path, "fake") == 0
 
 
