@@ -191,7 +191,8 @@ class Console:
         if more > 0:
             self._rich.print(f"... and {more} more")
         if report.findings:
-            self._rich.print(f"\n[bold red]{len(report.findings)} findings[/]")
+            count = len(report.findings)
+            self._rich.print(f"\n[bold red]{count} finding{'s' * (count > 1)}[/]")
         elif report.unjudged:
             self._rich.print(f"\n[bold yellow]can't be judged:[/] {escape(report.unjudged)}")
         else:
