@@ -213,7 +213,8 @@ def make_estimate(
     weights = {f"{layer.name}.weight" for layer in layers}
     plain = sum(entry.nbytes for name, entry in entries.items() if name not in weights)
     written = sum(
-        (plain + untied + sum(exporter.nbytes(layer) for layer in layers)) * (2 if exporter.assembled else 1)
+        (exporter.stores_weights * (plain + untied) + sum(exporter.nbytes(layer) for layer in layers))
+        * (2 if exporter.assembled else 1)
         for exporter in exporters
     )
     host = _RUNTIME + 2 * ahead + kept + (0 if on_device else working)

@@ -78,10 +78,15 @@ def make_compute_dtype(requested: str, stored: torch.dtype, device: torch.device
     return stored if device.type == "cuda" and stored in SCALE_DTYPES.values() else torch.float32
 
 
+def _asked(config: Config) -> list[type[Exporter]]:
+    """The formats that the file asks for."""
+    names = {name for name, value in config.save if value is True}
+    return [kind for kind in EXPORTERS if kind.name in names]
+
+
 def _packing(config: Config, stored: torch.dtype) -> Packing:
     """How packed weights are stored, such that all formats to be saved agree on it."""
-    asked = {name for name, value in config.save if value is True}
-    kinds = [kind for kind in EXPORTERS if kind.name in asked]
+    kinds = _asked(config)
     wanted = {kind.name: kind.scale_dtype for kind in kinds if kind.scale_dtype}
     return make_packing(stored, wanted, {kind.name: kind.exact_product for kind in kinds if kind.stores_codes})
 
@@ -114,8 +119,7 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
             kv=kv,
             rules=make_rules(quant, packing) if quant else (),
         )
-    asked = {name for name, value in config.save if value is True}
-    if any(kind.wants_squares for kind in EXPORTERS if kind.name in asked):
+    if any(kind.wants_squares for kind in _asked(config)):
         recipe = replace(recipe, observes=True)
     if sparse is not None and sparse.method == SHORTGPT:
         recipe = replace(recipe, drop_blocks=sparse.weight.n_prune_layers or 0)
@@ -209,13 +213,13 @@ def make_exporters(
         ConfigError: there is nothing to save.
         ExportError: a format has one scheme for all Linears, and ``quant.mix_bits`` asks for several.
     """
-    asked = {name for name, value in config.save if value is True}
+    asked = _asked(config)
     if asked and config.quant is None and config.sparse is None:
         raise ConfigError(
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    return exporters_of([kind for kind in EXPORTERS if kind.name in asked], recipe, layers, stored, compute)
+    return exporters_of(asked, recipe, layers, stored, compute)
 
 
 def exporters_of(

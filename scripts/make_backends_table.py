@@ -65,7 +65,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 PROVED = {
     "save_vllm": "compressed-tensors' own compression and decompression; Transformers' logits bit for bit; the real "
-    "vLLM on a CPU for W4A16, W8A8, W4A8, FP8 and the FP8 cache",
+    "vLLM on a CPU for W4A16, W8A8, W4A8 and FP8 (integer products in plain torch, for want of AVX-512); the scales "
+    "of the FP8 cache are read back, not run",
     "save_sgl": "the tensors are those of `save_vllm`; the table follows the loader's source, never run",
     "save_trtllm": "nvidia-modelopt's own export of the same model: names, dtypes, shapes, packed bytes; the loader's "
     "rules restated; never run",
@@ -73,7 +74,7 @@ PROVED = {
     "save_autogptq": "unpacking by hand and by llama.cpp's converter, and the real vLLM on a CPU",
     "save_mlcllm": "as AutoAWQ's layout; never run",
     "save_lightllm": "as AutoAWQ's layout; the FP8 reader of compressed-tensors; LightLLM's rule replayed; never run",
-    "save_llamacpp": "the gguf package bit for bit; the real llama.cpp for every type",
+    "save_llamacpp": "the gguf package bit for bit; the real llama.cpp for all types but Q2_K and Q3_K",
     "save_fake": "Transformers' logits bit for bit",
 }
 LAYERS = (  # of a block: a model of 4096 channels with grouped queries

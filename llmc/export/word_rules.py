@@ -10,6 +10,7 @@ import torch
 from ..errors import ExportError
 from ..quant import KvSpec, PerChannel, PerGroup, QuantSpec, Scheme
 from .base import Layer
+from .shared import check_fused
 
 _FAKE = "write save_fake, which Transformers loads"
 
@@ -63,9 +64,9 @@ def check_words(rules: WordRules, schemes: Sequence[Scheme], kv: KvSpec | None, 
     for layer in layers:
         if layer.spec is not None:
             _check_shape(rules, layer, layer.spec)
-    check_fused(rules.save, layers)
     if not rules.ignores:
         check_none_ignored(rules.save, layers)
+    check_fused(layers, f"the backend of {rules.save}")
     return _of_ignored(rules.save, layers)
 
 
@@ -84,18 +85,6 @@ def check_no_cache(save: str, kv: KvSpec | None) -> None:
             f"{save} can't say how the KV cache is quantized (quant.kvcache: {kv.describe()})",
             "remove quant.kvcache, or write save_vllm, which stores FP8 scales of it",
         )
-
-
-def check_fused(save: str, layers: Sequence[Layer]) -> None:
-    """Refuse Linears that backends run as one and that are only in part quantized."""
-    kept = {layer.name for layer in layers if layer.spec is None}
-    for layer in layers:
-        left = [name for name in layer.fused if name in kept]
-        if layer.spec is not None and left:
-            raise ExportError(
-                f"{layer.name} is quantized and {left[0]} isn't, but backends fuse {', '.join(layer.fused)} ({save})",
-                "name all of them in ignored_layers, or none",
-            )
 
 
 def check_none_ignored(save: str, layers: Sequence[Layer]) -> None:

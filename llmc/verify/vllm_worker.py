@@ -20,9 +20,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found, unused-ignore]
 
     room = max(_SHORTEST, *(len(window) + 1 for window in job["tokens"])) if job["tokens"] else _SHORTEST
-    engine = LLM(
-        job["folder"], dtype="bfloat16", enforce_eager=True, max_model_len=room, disable_log_stats=True, seed=0
-    )
+    engine = LLM(job["folder"], dtype="auto", enforce_eager=True, max_model_len=room, disable_log_stats=True, seed=0)
     losses = []
     for window in job["tokens"]:
         scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)

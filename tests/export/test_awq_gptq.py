@@ -254,7 +254,7 @@ def test_columns_that_do_not_fill_a_word_are_refused_by_name():
 
 @pytest.mark.parametrize("kind", [AutoAWQ, AutoGPTQ])
 def test_half_of_a_fused_pair_is_refused_and_a_whole_one_is_ignored(kind):
-    with pytest.raises(ExportError, match=f"{Q} is quantized and {K} isn't") as error:
+    with pytest.raises(ExportError, match=f"fuses {Q}, {K}, but .* have different schemes") as error:
         exporter(kind, SYM4).check(layers(SYM4, None))
     assert "ignored_layers" in error.value.remedy
     (warning,) = exporter(kind, SYM4).check(layers(None, None, SYM4))
