@@ -217,9 +217,9 @@ class _Finished:
 
     def _block(self, unit: str) -> list[tuple[Layer, str]]:
         """The Linears of a block with the keys of their subsets."""
-        config = self.prepared.skeleton.model.config.get_text_config()
-        keys = [subset.key for subset in self.prepared.adapter.subsets(config) for _ in subset.linears]
-        start = int(unit.rpartition("-")[2]) * len(keys)
+        index = int(unit.rpartition("-")[2])
+        keys = [subset.key for subset in self.prepared.subsets[index] for _ in subset.linears]
+        start = sum(len(subset.linears) for own in self.prepared.subsets[:index] for subset in own)
         return list(zip(self.prepared.layers[start : start + len(keys)], keys, strict=True))
 
     def _inputs(self, unit: str, row: Mapping[str, Any]) -> dict[str, InputRange]:
@@ -235,9 +235,9 @@ class _Finished:
         kv, found = self.prepared.recipe.kv, row["cache_ranges"]
         if kv is None or found is None:
             return {}
-        config = self.prepared.skeleton.model.config.get_text_config()
-        key = next(subset.key for subset in self.prepared.adapter.subsets(config) if subset.reads == "heads")
-        linear = next(layer.name for layer, own in self._block(unit) if own == key)
+        own = self.prepared.subsets[int(unit.rpartition("-")[2])]
+        key = next(subset.key for subset in own if subset.reads == "heads")
+        linear = next(layer.name for layer, of in self._block(unit) if of == key)
         scales = cache_scales(kv, KvRanges(tuple(found["key"]), tuple(found["value"])))
         return {f"{linear.rpartition('.')[0]}.{name}": scale for name, scale in scales.items()}
 

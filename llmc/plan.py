@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from .algorithms import LayerPattern, Online, Recipe
 from .config.suggest import did_you_mean
 from .errors import ConfigError, ModelError
 from .export import Exporter, Layer
-from .models import Subset, heads_of
+from .models import Heads, Subset
 from .quant import PerGroup, QuantSpec
 from .stream.headers import TensorEntry
 from .stream.skeleton import HEAD, Skeleton, block_unit
@@ -46,7 +46,8 @@ class Estimate:
 def make_layers(
     skeleton: Skeleton,
     entries: Mapping[str, TensorEntry],
-    subsets: tuple[Subset, ...],
+    heads: Heads,
+    subsets: Sequence[tuple[Subset, ...]],
     recipe: Recipe,
     online: Online | None = None,
 ) -> list[Layer]:
@@ -59,17 +60,16 @@ def make_layers(
     """
     stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
     prefix = next(name for name, module in skeleton.model.named_modules() if module is skeleton.blocks)
-    heads = heads_of(skeleton.model.config.get_text_config())
     layers, touched = [], False
     for index in range(len(skeleton.blocks)):
-        for subset in subsets:
-            fused = []
+        for subset in subsets[index]:
+            names = {}
             for name in subset.linears:
                 parameter = f"{prefix}.{index}.{name}.weight"
                 if parameter not in stored:
                     raise ModelError(f"block {index} has no Linear '{name}'", "the adapter doesn't fit this model")
-                fused.append(stored[parameter].removesuffix(".weight"))
-            for name, full in zip(subset.linears, fused, strict=True):
+                names[name] = stored[parameter].removesuffix(".weight")
+            for name, full in names.items():
                 rows, columns = entries[f"{full}.weight"].shape
                 place = (index, name, f"{prefix}.{index}.{name}")
                 touched |= recipe.ignored.covers(*place)
@@ -78,11 +78,11 @@ def make_layers(
                 rotation = None if online is None else online.of_input(subset)
                 rotated = None if rotation is None else rotation.basis.order
                 biased = f"{full}.bias" in entries
-                layers.append(
-                    Layer(full, rows, columns, scheme.weight, tuple(fused), sparsity, scheme.act, rotated, biased)
-                )
-            _check_shared_input(layers[-len(fused) :])
-    _check_rules(recipe, len(skeleton.blocks), [name for subset in subsets for name in subset.linears])
+                fused = tuple(names[other] for other in subset.fused_with(name))
+                layers.append(Layer(full, rows, columns, scheme.weight, fused, sparsity, scheme.act, rotated, biased))
+            _check_shared_input(layers[-len(names) :])
+    every = dict.fromkeys(name for own in subsets for subset in own for name in subset.linears)
+    _check_rules(recipe, len(skeleton.blocks), list(every))
     _check_groups(layers, recipe)
     _check_runs(layers)
     if recipe.steps and recipe.ignored.asked and not touched:

@@ -16,7 +16,7 @@ from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer, Source
-from .models import ModelAdapter, Subset, check_reorderable, find_adapter, heads_of, residual_of
+from .models import Heads, ModelAdapter, Subset, check_reorderable, find_adapter, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
@@ -73,6 +73,8 @@ class Prepared:
     device: torch.device
     stored: torch.dtype
     adapter: ModelAdapter
+    subsets: tuple[tuple[Subset, ...], ...]
+    heads: Heads
     warnings: list[str]
     estimate: Estimate
     frame: Frame | None
@@ -104,7 +106,6 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     model_config = load_model_config(folder, trust_remote_code=trust)
     adapter = find_adapter(config.model.type, model_config.model_type)
     entries = read_headers(folder)
-    subsets = adapter.subsets(model_config.get_text_config())
     names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
     stored = entries[names[0]].dtype if names else torch.bfloat16
     compute = make_compute_dtype(config.model.torch_dtype, stored, device)
@@ -117,13 +118,14 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         device=device,
         trust_remote_code=trust,
     )
-    heads = heads_of(model_config.get_text_config())
+    subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
+    heads = adapter.heads(model_config.get_text_config())
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
     _check_recipe(config, recipe, skeleton, subsets, compute)
-    frame = _frame(recipe, adapter, skeleton)
+    frame = _frame(recipe, adapter, skeleton, subsets)
     online = recipe.online(frame)
-    check_layers(recipe, [online.cut(subset) for subset in subsets])
-    layers = make_layers(skeleton, entries, subsets, recipe, online)
+    check_layers(recipe, list(dict.fromkeys(online.cut(subset) for own in subsets for subset in own)))
+    layers = make_layers(skeleton, entries, heads, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute)
     warnings = check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
@@ -160,13 +162,17 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         device,
         stored,
         adapter,
+        subsets,
+        heads,
         warnings,
         estimate,
         frame,
     )
 
 
-def _frame(recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton) -> Frame | None:
+def _frame(
+    recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton, subsets: tuple[tuple[Subset, ...], ...]
+) -> Frame | None:
     """What transforms at loading may know of the model; None where there is no such step.
 
     Raises:
@@ -175,23 +181,29 @@ def _frame(recipe: Recipe, adapter: ModelAdapter, skeleton: Skeleton) -> Frame |
     if not recipe.at_load:
         return None
     config = skeleton.model.config.get_text_config()
-    subsets, declared = adapter.subsets(config), residual_of(adapter, config)
-    names = [name for subset in subsets if subset.reads == "ffn" for name in subset.linears]
-    linears = [block.get_submodule(name) for block in skeleton.blocks for name in names]
+    declared = residual_of(adapter, config, {subset for own in subsets for subset in own})
+    linears = [
+        block.get_submodule(name)
+        for block, own in zip(skeleton.blocks, subsets, strict=True)
+        for subset in own
+        if subset.reads == "ffn"
+        for name in subset.linears
+    ]
     widths = {linear.in_features for linear in linears if isinstance(linear, nn.Linear)}
     ffn = widths.pop() if len(widths) == 1 else 0
-    return Frame(subsets, heads_of(config), declared, config.hidden_size, recipe.seed, ffn)
+    return Frame(subsets, adapter.heads(config), declared, config.hidden_size, recipe.seed, ffn)
 
 
 def _check_recipe(
-    config: Config, recipe: Recipe, skeleton: Skeleton, subsets: Sequence[Subset], compute: torch.dtype
+    config: Config, recipe: Recipe, skeleton: Skeleton, subsets: Sequence[tuple[Subset, ...]], compute: torch.dtype
 ) -> None:
     """Refuse what the model, or the dtype that it's computed in, doesn't allow."""
     _check_learning(recipe, compute)
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
     if recipe.clusters:
-        check_reorderable(subsets)
+        for own in dict.fromkeys(subsets):
+            check_reorderable(own)
         _check_clustered(config, recipe, skeleton)
     _check_dropping(recipe, len(skeleton.blocks))
 

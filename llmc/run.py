@@ -25,7 +25,7 @@ from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
 from .export import Exporter, Layer, Source, check_shard, read_config, with_own_head
 from .export.dense import FakeQuant, Transformed
-from .models import BlockSelection, heads_of
+from .models import BlockSelection
 from .plan import bits_per_weight, free_disk, original_bytes
 from .prepare import Prepared, positions_of, prepare, state_of
 from .quant import Scheme
@@ -233,13 +233,12 @@ def _engine(
     listener: Listener,
     dropped: frozenset[int],
 ) -> Engine:
-    config = prepared.skeleton.model.config.get_text_config()
     return Engine(
         skeleton=prepared.skeleton,
         source=source,
         recipe=prepared.recipe,
-        subsets=prepared.adapter.subsets(config),
-        heads=heads_of(config),
+        subsets=prepared.subsets,
+        heads=prepared.heads,
         calib=Batches(prepared.calib),
         evaluation=_evaluation_batches(prepared, "ppl"),
         decoding=_evaluation_batches(prepared, "decode_ppl"),
@@ -265,8 +264,7 @@ def _kv_scheme(prepared: Prepared) -> dict[str, Any] | None:
     kv = prepared.recipe.kv
     if kv is None:
         return None
-    heads = heads_of(prepared.skeleton.model.config.get_text_config())
-    return kv.to_dict() | {"bits_per_element": kv.bits_an_element(heads.kv, heads.dim)}
+    return kv.to_dict() | {"bits_per_element": kv.bits_an_element(prepared.heads.kv, prepared.heads.dim)}
 
 
 def _mixed(prepared: Prepared) -> list[dict[str, Any]]:

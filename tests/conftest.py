@@ -63,7 +63,12 @@ class Tiny:
 
     @property
     def subsets(self) -> tuple[Subset, ...]:
-        return self.adapter.subsets(self.config)
+        """Of the first block."""
+        return self.block_subsets[0]
+
+    @property
+    def block_subsets(self) -> tuple[tuple[Subset, ...], ...]:
+        return self.adapter.block_subsets(self.config, self.skeleton().blocks)
 
     @property
     def entries(self) -> dict[str, TensorEntry]:

@@ -65,7 +65,7 @@ class Frame:
     """What a transform that needs no data may know of the whole model.
 
     Attributes:
-        subsets: those of every block.
+        subsets: those of each block.
         heads: attention geometry.
         residual: who writes and reads the residual outside of the blocks.
         width: channels of the residual.
@@ -73,7 +73,7 @@ class Frame:
         ffn: channels between the feed-forward's Linears; 0 where blocks differ.
     """
 
-    subsets: tuple[Subset, ...]
+    subsets: tuple[tuple[Subset, ...], ...]
     heads: Heads
     residual: Residual
     width: int

@@ -119,7 +119,8 @@ def compressed_weights(
     changed = dict(weights)
     for site in sites:
         subset = site.view.subset
-        changed |= smoothed(changed, str(subset.prev), subset.linears, site.scale, site.rule, site.shift)
+        readers = (*subset.linears, *subset.also)
+        changed |= smoothed(changed, str(subset.prev), readers, site.scale, site.rule, site.shift)
     for name, clip in clips.items():
         ratios = clip.ratios()
         changed[f"{name}.weight"] = clipped_weight(changed[f"{name}.weight"], clip.spec, ratios.lo, ratios.hi, dtype)

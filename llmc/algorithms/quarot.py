@@ -67,7 +67,7 @@ class Quarot(Algorithm):
     def block(self, block: nn.Module, index: int, frame: Frame) -> None:
         """R1, and R2 with signs of the block's own."""
         values = make_rotation(frame.heads.dim, frame.seed + 1 + index, random=self._random)
-        rotate_block(block, frame.subsets, frame.heads, self._residual(frame), values, self.online(frame).ffn)
+        rotate_block(block, frame.subsets[index], frame.heads, self._residual(frame), values, self.online(frame).ffn)
 
     def head(self, weights: Mapping[str, Tensor], frame: Frame) -> dict[str, Tensor]:
         """R1 undone."""

@@ -129,7 +129,8 @@ class SubsetView:
     def can_shift(self) -> bool:
         """Whether ``prev`` and all Linears have biases, which can absorb a shift of the shared input."""
         modules = [self.prev, *self.linears.values()]
-        return all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in modules)
+        whole = not self.subset.also and self.subset.rows is None
+        return whole and all(isinstance(getattr(module, "bias", None), nn.Parameter) for module in modules)
 
     def fold_scale(self, scale: Tensor, rule: ScaleRule) -> None:
         """Ask for ``prev /= scale`` and ``W *= scale``; done when all subsets of the block have been seen."""

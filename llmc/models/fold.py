@@ -18,10 +18,14 @@ class ScaleRule:
     Attributes:
         repeat: query heads for each key-value head where the subset reads the attention's output; 1 elsewhere.
         head_dim: channels of a head; 0 where ``repeat`` is 1.
+        rows: ranges of ``prev``'s rows that make the input; None: all of them.
+        offset: what ``prev`` adds to its weight before it multiplies by it.
     """
 
     repeat: int = 1
     head_dim: int = 0
+    rows: tuple[tuple[int, int], ...] | None = None
+    offset: float = 0.0
 
     def tie(self, scale: Tensor) -> Tensor:
         """Make a scale ``[in]`` equal for all query heads that read one value head (their geometric mean)."""
@@ -36,6 +40,18 @@ class ScaleRule:
             return scale
         return scale.reshape(-1, self.repeat, self.head_dim)[:, 0].reshape(-1)
 
+    def over_rows(self, factor: Tensor, count: int) -> Tensor:
+        """A factor of the channels that ``prev`` makes of the input, as one for each of its ``count`` rows: 1 for those
+        that make something else."""
+        if self.rows is None:
+            return factor
+        return torch.ones(count, dtype=factor.dtype, device=factor.device).index_put((self.places(factor),), factor)
+
+    def places(self, like: Tensor) -> Tensor:
+        """Numbers of the rows that make the input, int64, on a tensor's device."""
+        ranges = [torch.arange(start, stop, device=like.device) for start, stop in self.rows or ()]
+        return torch.cat(ranges)
+
     def to_inputs(self, scale: Tensor) -> Tensor:
         """The inverse of ``to_prev``: a scale of ``prev``'s outputs as seen by the inputs ``[in]``."""
         if self.repeat == 1:
@@ -47,16 +63,21 @@ class ScaleRule:
 def scale_rule(subset: Subset, prev: nn.Module, columns: int, heads: Heads, *, allow_gqa: bool) -> ScaleRule | None:
     """How ``prev`` absorbs a scale of the subset's ``columns`` input channels; None if it can't."""
     outputs = prev.weight.shape[0] if isinstance(prev.weight, Tensor) else 0
+    if subset.rows is not None:
+        outputs = sum(stop - start for start, stop in subset.rows)
     if outputs == columns:
-        return ScaleRule()
+        return ScaleRule(rows=subset.rows, offset=subset.offset)
     grouped = heads.query // heads.kv
     if subset.reads == "heads" and allow_gqa and outputs * grouped == columns and outputs == heads.kv * heads.dim:
-        return ScaleRule(grouped, heads.dim)
+        return ScaleRule(grouped, heads.dim, subset.rows)
     return None
 
 
-def fold_scale(prev: nn.Module, linears: list[nn.Linear], scale: Tensor, rule: ScaleRule, stored: torch.dtype) -> None:
-    """Divide ``prev``'s output channels by ``scale`` ``[in]`` and multiply the Linears' input channels by it, in place.
+def fold_scale(
+    prev: nn.Module, readers: Sequence[nn.Module], scale: Tensor, rule: ScaleRule, stored: torch.dtype
+) -> None:
+    """Divide ``prev``'s output channels by ``scale`` ``[in]`` and multiply the input channels of all ``readers``, which
+    are Linears or have a weight ``[.., in]`` like them, by it, in place.
 
     ``prev`` will be stored in the checkpoint's dtype ``stored``. A norm is therefore rounded to it first, and the
     Linears are multiplied by the ratio that this rounding really left: the product is preserved exactly, where the
@@ -74,19 +95,20 @@ def fold_scale(prev: nn.Module, linears: list[nn.Linear], scale: Tensor, rule: S
     divisor = rule.to_prev(scale)
     with torch.no_grad():
         if weight.dim() == 1:
-            original = weight.to(exact)
-            folded = (original / divisor).to(stored).to(exact)
+            original = weight.to(exact) + rule.offset
+            kept = (original / divisor - rule.offset).to(stored).to(exact)
+            folded = kept + rule.offset
             usable = (folded != 0) & folded.isfinite() & (original != 0)
-            folded = torch.where(usable, folded, original)
             scale = torch.where(usable, original / folded, torch.ones_like(divisor))
             divisor = scale
-            weight.copy_(folded)
+            weight.copy_(torch.where(usable, kept, weight.to(exact)))
         else:
+            divisor = rule.over_rows(divisor, len(weight))
             weight.copy_(weight.to(exact) / divisor[:, None])
         if isinstance(bias := getattr(prev, "bias", None), nn.Parameter):
             bias.copy_(bias.to(exact) / divisor)
-        for linear in linears:
-            linear.weight.copy_(linear.weight.to(exact) * scale)
+        for reader in readers:
+            reader.weight.copy_(reader.weight.to(exact) * scale)  # type: ignore[operator]
 
 
 def fold_shift(prev: nn.Module, linears: list[nn.Linear], shift: Tensor, stored: torch.dtype) -> None:
@@ -125,7 +147,7 @@ def smoothed(
     Args:
         weights: by name in the block; only those are in the result that change.
         prev: name of the norm or Linear that absorbs.
-        linears: names of the readers.
+        linears: names of the readers, Linears or others with such a weight.
         divisor: ``[prev's outputs]``.
         rule: how the inputs map onto them.
         shift: ``[in]``, where inputs and ``prev``'s outputs are the same; the biases that absorb it must be there.
@@ -135,11 +157,13 @@ def smoothed(
     """
     changed = {}
     weight, bias = weights[f"{prev}.weight"], weights.get(f"{prev}.bias")
-    changed[f"{prev}.weight"] = weight / (divisor if weight.dim() == 1 else divisor[:, None])
+    over_rows = divisor if weight.dim() == 1 else rule.over_rows(divisor, len(weight))
+    divided = (weight + rule.offset) / divisor - rule.offset if weight.dim() == 1 else weight / over_rows[:, None]
+    changed[f"{prev}.weight"] = divided
     if shift is not None:
         bias = weights[f"{prev}.bias"] - shift
     if bias is not None:
-        changed[f"{prev}.bias"] = bias / divisor
+        changed[f"{prev}.bias"] = bias / over_rows
     scale = rule.to_inputs(divisor)
     for name in linears:
         weight = weights[f"{name}.weight"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from .adapter import ModelAdapter, Residual, Subset
 
 
-def subsets(config: PretrainedConfig) -> tuple[Subset, ...]:
+def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
     """q, k, v read the first norm; o reads the values; gate and up read the second norm; down reads their product."""
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     return (

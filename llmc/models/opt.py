@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import ModelError
 from .adapter import ModelAdapter, Residual, Subset
 
 
-def subsets(config: PretrainedConfig) -> tuple[Subset, ...]:
+def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
     """ReLU commutes with a positive scale, so fc1 can absorb fc2's. OPT-350M normalizes *after* each branch: there the
     norms don't feed q, k, v and fc1, and nothing can absorb their scale."""
     before = bool(getattr(config, "do_layer_norm_before", True))

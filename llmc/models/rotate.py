@@ -11,7 +11,7 @@ Arithmetic is float64, one Linear at a time; each weight is rounded once, to the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,12 @@ from .adapter import Heads, ModelAdapter, Residual, Subset
 _CHUNK = 2**22  # elements that are float64 at a time, of an embedding or head
 
 
-def residual_of(adapter: ModelAdapter, config: PretrainedConfig) -> Residual:
-    """What a rotation of the residual must know of a model besides its subsets.
+def residual_of(adapter: ModelAdapter, config: PretrainedConfig, subsets: Collection[Subset]) -> Residual:
+    """What a rotation of the residual must know of a model besides its ``subsets``, those of all blocks.
 
     Raises:
         ModelError: the family doesn't allow a rotation, or nobody declared who reads and writes its residual.
     """
-    subsets = adapter.subsets(config)
     undeclared = any(subset.writes is None for subset in subsets)
     if adapter.residual is None or undeclared:
         raise ModelError(
@@ -50,7 +49,7 @@ def residual_of(adapter: ModelAdapter, config: PretrainedConfig) -> Residual:
 
 @dataclass(frozen=True)
 class _Norm:
-    """A norm's weight and bias ``[n]`` float64, to be moved into its readers.
+    """A norm's weight and bias ``[n]`` float64, to be moved into its readers; ``offset`` is what it adds to its weight.
 
     ``into_bias``: every reader has a bias, which takes up the norm's. Otherwise the direction does that which a
     LayerNorm's normalized output never has, that of the mean: the norm gets a bias of ones, the readers lose what they
@@ -60,6 +59,7 @@ class _Norm:
     scale: Tensor
     shift: Tensor | None
     into_bias: bool
+    offset: float = 0.0
 
     def fuse(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight ``[out, n]`` and bias ``[out]`` of a reader, float64, that read the bare norm."""
@@ -74,7 +74,7 @@ class _Norm:
     @property
     def left(self) -> tuple[float, float]:
         """Weight and bias that the norm keeps."""
-        return 1.0, 0.0 if self.into_bias else 1.0
+        return 1.0 - self.offset, 0.0 if self.into_bias else 1.0
 
 
 @torch.no_grad()
@@ -97,15 +97,22 @@ def rotate_block(
         ffn: R4, of the feed-forward's width, by which somebody multiplies what the readers of that space read; None:
             nobody does.
     """
-    readers: dict[str, list[nn.Linear]] = {}
+    readers: dict[str, list[nn.Module]] = {}
+    offsets = {str(subset.prev): subset.offset for subset in subsets}
     for subset in subsets:
         if subset.reads == "residual" and subset.prev is not None:
-            readers.setdefault(subset.prev, []).extend(_linear(block, name) for name in subset.linears)
-    norms = {name: _norm(block.get_submodule(name), linears) for name, linears in readers.items()}
-    value = {subset.prev for subset in subsets if subset.reads == "heads"}
+            names = (*subset.linears, *subset.also)
+            readers.setdefault(subset.prev, []).extend(map(block.get_submodule, names))
+    norms = {name: _norm(block.get_submodule(name), found, offsets[name]) for name, found in readers.items()}
+    value = {subset.prev: subset for subset in subsets if subset.reads == "heads"}
 
     def by_head(rows: Tensor) -> Tensor:
         return values(rows.reshape(*rows.shape[:-1], -1, heads.dim)).flatten(-2)
+
+    def value_rows(name: str, weight: Tensor) -> tuple[tuple[int, int], ...]:
+        if name not in value:
+            return ()
+        return value[name].rows or ((0, len(weight)),)
 
     for subset in subsets:
         for name in subset.linears:
@@ -119,10 +126,17 @@ def rotate_block(
                 weight = by_head(weight)
             elif subset.reads == "ffn" and ffn is not None:
                 weight = ffn(weight)
-            after = residual if subset.writes == "residual" else by_head if name in value else None
-            if after is not None:  # output channels are the rows
-                weight, bias = after(weight.T).T, None if bias is None else after(bias)
+            if subset.writes == "residual":  # output channels are the rows
+                weight, bias = residual(weight.T).T, None if bias is None else residual(bias)
+            for start, stop in value_rows(name, weight):
+                weight[start:stop] = by_head(weight[start:stop].T).T
+                if bias is not None:
+                    bias[start:stop] = by_head(bias[start:stop])
             _set(linear, weight, bias)
+        for name in subset.also:
+            reader = block.get_submodule(name)
+            weight = norms[str(subset.prev)].fuse(_weight(reader), None)[0]
+            _set(reader, residual(weight), None)
     for name, norm in norms.items():
         _set(block.get_submodule(name), *(torch.full_like(norm.scale, part) for part in norm.left))
 
@@ -155,8 +169,8 @@ def rotate_head(weights: Mapping[str, Tensor], declared: Residual, rotation: Rot
     """
     shift_name = f"{declared.norm}.bias"
     shift = weights.get(shift_name)
-    scale = weights[f"{declared.norm}.weight"].double()
-    norm = _Norm(scale, None if shift is None else shift.double(), into_bias=False)
+    scale = weights[f"{declared.norm}.weight"].double() + declared.offset
+    norm = _Norm(scale, None if shift is None else shift.double(), into_bias=False, offset=declared.offset)
     changed = dict(weights)
     changed[f"{declared.norm}.weight"] = torch.full_like(weights[f"{declared.norm}.weight"], norm.left[0])
     if shift is not None:
@@ -167,12 +181,17 @@ def rotate_head(weights: Mapping[str, Tensor], declared: Residual, rotation: Rot
     return changed
 
 
-def _norm(module: nn.Module, readers: Sequence[nn.Linear]) -> _Norm:
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if not isinstance(weight, Tensor):
-        raise ModelError(f"a {type(module).__name__} has no weight to fuse", "use a method without a rotation")
+def _norm(module: nn.Module, readers: Sequence[nn.Module], offset: float) -> _Norm:
+    bias = getattr(module, "bias", None)
     shift = bias.double() if isinstance(bias, Tensor) else None
-    return _Norm(weight.double(), shift, into_bias=all(linear.bias is not None for linear in readers))
+    biased = all(getattr(reader, "bias", None) is not None for reader in readers)
+    return _Norm(_weight(module) + offset, shift, biased, offset)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    if not isinstance(module.weight, Tensor):
+        raise ModelError(f"a {type(module).__name__} has no weight to change", "use a method without a rotation")
+    return module.weight.double()
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -51,7 +51,6 @@ class WorkContext:
     is what runs with the model that it made."""
 
     recipe: Recipe
-    subsets: tuple[Subset, ...]
     heads: Heads
     device: torch.device
     forward: Literal["auto", "staged", "replay"]
@@ -65,6 +64,7 @@ class BlockWork:
 
     Attributes:
         context: what is the same for all blocks.
+        subsets: of the block.
         index: the block's number.
         block: the module, with its original weights.
         prefix: its name in the model.
@@ -80,6 +80,7 @@ class BlockWork:
     """
 
     context: WorkContext
+    subsets: tuple[Subset, ...]
     index: int
     block: nn.Module
     prefix: str
@@ -102,7 +103,7 @@ class BlockWork:
         self.weights = StoredBlock(self.block, self.prefix, self.stored)
         recipe = self.context.recipe
         readers: dict[str, tuple[ActSpec, list[nn.Linear]]] = {}
-        for subset in self.context.subsets if recipe.steps else ():
+        for subset in self.subsets if recipe.steps else ():
             schemes = self._schemes_of(subset)
             act = _act_of(schemes)
             if act is not None:
@@ -110,13 +111,13 @@ class BlockWork:
                 readers[subset.key] = act, rounding
         rotated = [
             (self._linear(name), rotation)
-            for subset in self.context.subsets
+            for subset in self.subsets
             if (rotation := self.context.online.of_input(subset)) is not None
             for name in subset.linears
         ]
         self.inputs = BlockInputs(readers, rotated)
         if recipe.clusters:
-            parts = (self.block, self.context.subsets, self.context.heads, self.context.device)
+            parts = (self.block, self.subsets, self.context.heads, self.context.device)
             self.clustered = ClusteredBlock(*parts, attends=recipe.clustered is not None)
 
     def load(self) -> None:
@@ -159,7 +160,7 @@ class BlockWork:
         self._store_plain()
         if observes and original is not None:
             context = self.context
-            self.squares = observe_squares(original, context.subsets, context.online, context.device)
+            self.squares = observe_squares(original, self.subsets, context.online, context.device)
 
     def _prune(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
         """Run the pruner. With nothing behind it, a staged forward ends with the block's final weights."""
@@ -204,7 +205,7 @@ class BlockWork:
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
         views: list[SubsetView] = []
-        subsets = [subset for subset in self.context.subsets if step.algorithm.covers(subset)]
+        subsets = [subset for subset in self.subsets if step.algorithm.covers(subset)]
 
         def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
             view = self._view(subsets[position], statistics, calls)
@@ -245,7 +246,7 @@ class BlockWork:
             self._flush(original)  # nobody reads the original's inputs any more
         pending = self._pending
         targets = partial(original.inputs.load, device=run.device) if pending is None else pending.__getitem__
-        views = [self._view(subset, Statistics(), None) for subset in self.context.subsets]
+        views = [self._view(subset, Statistics(), None) for subset in self.subsets]
         if not any(view.specs for view in views):
             return  # the whole block is to stay as it is
         if step.algorithm.statistics:
@@ -253,7 +254,7 @@ class BlockWork:
             def look(position: int, statistics: Statistics, calls: HeldCalls) -> None:
                 views[position].stats = statistics
 
-            stages = [self._stage(subset, step, searching=False) for subset in self.context.subsets]
+            stages = [self._stage(subset, step, searching=False) for subset in self.subsets]
             run_together(run, stages, look, keep=False)
         weights = {name: parameter.data for name, parameter in self.block.named_parameters()}
         transformed = any(one.algorithm.kind == "transform" for one in self.context.recipe.in_block)
@@ -358,7 +359,8 @@ class BlockWork:
         linears, prev = list(view.linears.values()), view.subset.prev
         if view.shift is not None:
             fold_shift(view.prev, linears, view.shift, self.weights.dtype(f"{prev}.bias"))
-        fold_scale(view.prev, linears, scale, rule, self.weights.dtype(f"{prev}.weight"))
+        readers = [*linears, *map(self.block.get_submodule, view.subset.also)]
+        fold_scale(view.prev, readers, scale, rule, self.weights.dtype(f"{prev}.weight"))
         self.scales[view.subset.key] = [float(scale.min()), float(scale.max())]
 
     def _store_plain(self) -> None:
@@ -388,7 +390,7 @@ class BlockWork:
         found = self.inputs.found
         return {
             self.weights.module(name): found[subset.key]
-            for subset in self.context.subsets
+            for subset in self.subsets
             for name in subset.linears
             if subset.key in found and self._scheme_of(name).act is not None
         }
@@ -398,7 +400,7 @@ class BlockWork:
         kv = self.context.recipe.kv
         if kv is None or self.ranges is None:
             return {}
-        linear = next(subset.linears[0] for subset in self.context.subsets if subset.reads == "heads")
+        linear = next(subset.linears[0] for subset in self.subsets if subset.reads == "heads")
         attention = self.weights.module(linear).rpartition(".")[0]
         return {f"{attention}.{name}": scale for name, scale in cache_scales(kv, self.ranges).items()}
 

@@ -43,7 +43,7 @@ class Engine:
         skeleton: the empty model.
         source: its weights.
         recipe: what to do.
-        subsets: the subsets of every block.
+        subsets: the subsets of each block.
         heads: attention geometry.
         calib: calibration batches.
         evaluation: evaluation batches and positions.
@@ -65,7 +65,7 @@ class Engine:
         skeleton: Skeleton,
         source: BlockSource,
         recipe: Recipe,
-        subsets: tuple[Subset, ...],
+        subsets: Sequence[tuple[Subset, ...]],
         heads: Heads,
         calib: Batches,
         evaluation: Batches,
@@ -94,8 +94,8 @@ class Engine:
         self._entrance = Entrance(skeleton, store, device)
         self._spent: dict[str, float] = {}
         self._online = recipe.online(frame)
-        cut = tuple(self._online.cut(subset) for subset in subsets)
-        self._work = WorkContext(recipe, cut, heads, device, options.forward, frame, self._online)
+        self._subsets = [tuple(map(self._online.cut, own)) for own in subsets]
+        self._work = WorkContext(recipe, heads, device, options.forward, frame, self._online)
         self._edges = Edges(recipe.at_load, frame, skeleton, device)
 
     @torch.no_grad()
@@ -206,7 +206,7 @@ class Engine:
     ) -> dict[str, Any]:
         """Bring the compressed model behind a block; returns the block's row."""
         unit = block_unit(index)
-        work = BlockWork(self._work, index, block, self._prefix(index), stored)
+        work = BlockWork(self._work, self._subsets[index], index, block, self._prefix(index), stored)
         self._clustered = work.clustered
         self._timed("calibrate", work.load)
         row = self._journal.unit(unit)

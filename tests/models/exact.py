@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -14,6 +16,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from llmc.models import Subset, find_adapter
 
 TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 ROTARY = {**TINY, "intermediate_size": 40, "max_position_embeddings": 64}
@@ -29,6 +33,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **TINY, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False
     ),
 }
+
+
+def subsets_of(config: PretrainedConfig, block: int = 0) -> tuple[Subset, ...]:
+    """What the adapter declares of a block."""
+    adapter = find_adapter("auto", config.model_type)
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return adapter.subsets(config, model.get_submodule(adapter.blocks)[block])
 
 
 def model_of(config: PretrainedConfig) -> PreTrainedModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import CONFIGS, change, model_of
+from exact import CONFIGS, change, model_of, subsets_of
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -26,7 +26,7 @@ def output_of(model: PreTrainedModel) -> Tensor:
 
 
 def foldable(config: PretrainedConfig) -> list[Subset]:
-    return [subset for subset in find_adapter("auto", config.model_type).subsets(config) if subset.prev is not None]
+    return [subset for subset in subsets_of(config) if subset.prev is not None]
 
 
 def fold(model: PreTrainedModel, subset: Subset, stored: torch.dtype, seed: int = 0) -> None:
@@ -122,8 +122,7 @@ def test_what_has_no_weight_absorbs_nothing():
 
 
 def test_post_norms_feed_no_linear():
-    adapter = find_adapter("auto", "opt")
-    prevs = {subset.linears[0]: subset.prev for subset in adapter.subsets(CONFIGS["opt-post-norm"])}
+    prevs = {subset.linears[0]: subset.prev for subset in subsets_of(CONFIGS["opt-post-norm"])}
     assert prevs == {"self_attn.q_proj": None, "self_attn.out_proj": "self_attn.v_proj", "fc1": None, "fc2": "fc1"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import CONFIGS, change, model_of
+from exact import CONFIGS, change, model_of, subsets_of
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -33,7 +33,7 @@ def shuffled(heads: int, dim: int, seed: int) -> Tensor:
 
 def random_orders(config: PretrainedConfig) -> Orders:
     heads = heads_of(config)
-    subsets = find_adapter("auto", config.model_type).subsets(config)
+    subsets = subsets_of(config)
     width = {
         "residual": config.hidden_size,
         "ffn": getattr(config, "ffn_dim", 0) or getattr(config, "intermediate_size", 0),
@@ -60,11 +60,11 @@ def test_a_reordered_model_computes_what_it_did(name):
     before = logits(model)
     kept = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     for block in model.get_submodule(adapter.blocks):
-        reorder_block(block, plan_moves(adapter.subsets(config), heads_of(config), random_orders(config)))
+        reorder_block(block, plan_moves(subsets_of(config), heads_of(config), random_orders(config)))
     assert change(before, logits(model)) < 1e-10
     after = model.state_dict()
     moved = {key.rpartition(".")[0].rpartition(".")[2] for key in kept if not torch.equal(kept[key], after[key])}
-    linears = {name.rpartition(".")[2] for subset in adapter.subsets(config) for name in subset.linears}
+    linears = {name.rpartition(".")[2] for subset in subsets_of(config) for name in subset.linears}
     assert moved == linears  # all of them, and nothing else: neither norms nor embeddings
 
 
@@ -74,7 +74,7 @@ def test_each_part_of_a_reordering_is_needed(name, left_out):
     config = EVERY[name]
     model, adapter = model_of(config), find_adapter("auto", config.model_type)
     before = logits(model)
-    moves = plan_moves(adapter.subsets(config), heads_of(config), random_orders(config))
+    moves = plan_moves(subsets_of(config), heads_of(config), random_orders(config))
     getattr(moves, left_out).clear()
     for block in model.get_submodule(adapter.blocks):
         reorder_block(block, moves)
@@ -113,11 +113,11 @@ def test_pairs_of_a_rotary_embedding_may_change_places_if_its_frequencies_do():
 
 def test_keys_behind_a_rotary_embedding_are_refused():
     config = CONFIGS["llama-gqa"]
-    subsets, orders = find_adapter("auto", "llama").subsets(config), random_orders(config)
+    subsets, orders = subsets_of(config), random_orders(config)
     with pytest.raises(ValueError, match="rotary"):
         plan_moves(subsets, heads_of(config), Orders(orders.inputs, torch.arange(16)))
 
 
 def test_norms_behind_the_branches_are_refused():
     with pytest.raises(ModelError, match="norms stand behind each branch"):
-        check_reorderable(find_adapter("auto", "opt").subsets(CONFIGS["opt-post-norm"]))
+        check_reorderable(subsets_of(CONFIGS["opt-post-norm"]))

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact import CONFIGS, change, model_of
+from exact import CONFIGS, change, model_of, subsets_of
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -51,7 +51,7 @@ def rotate(
     """What a run does to a model, with all of it in memory."""
     config = model.config
     adapter = find_adapter("auto", config.model_type)
-    declared = residual_of(adapter, config)
+    declared = residual_of(adapter, config, subsets_of(config))
     options = {"random": random, "keeps_mean": declared.keeps_mean}
     rotation = make_rotation(config.hidden_size, seed, **options)
     heads = heads_of(config)
@@ -65,7 +65,7 @@ def rotate(
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
     for index, block in enumerate(model.get_submodule(adapter.blocks)):
         values = make_rotation(heads.dim, seed + 1 + index, random=random)
-        rotate_block(block, adapter.subsets(config), heads, rotation, values, online)
+        rotate_block(block, adapter.subsets(config, block), heads, rotation, values, online)
 
 
 @pytest.mark.parametrize("random", [False, True])
@@ -95,7 +95,7 @@ def test_a_rotated_model_can_still_be_scaled_channel_by_channel(name, space):
     before = logits(model)
     rotate(model)
     for block in model.get_submodule(adapter.blocks):
-        for seed, subset in enumerate(subset for subset in adapter.subsets(config) if subset.reads == space):
+        for seed, subset in enumerate(subset for subset in adapter.subsets(config, block) if subset.reads == space):
             prev, linears = block.get_submodule(subset.prev), [block.get_submodule(n) for n in subset.linears]
             columns = linears[0].in_features
             rule = scale_rule(subset, prev, columns, heads, allow_gqa=True)
@@ -198,23 +198,23 @@ def test_weights_are_rounded_once():
 def test_what_the_architecture_forbids_is_refused_with_the_reason(changes, reason):
     config = variant("opt", **changes)
     with pytest.raises(ModelError, match=reason):
-        residual_of(find_adapter("auto", "opt"), config)
+        residual_of(find_adapter("auto", "opt"), config, subsets_of(config))
 
 
 def test_an_adapter_that_declares_too_little_is_refused():
     llama, config = find_adapter("auto", "llama"), CONFIGS["llama"]
 
     def without(**changes: object):
-        return replace(llama, subsets=lambda config: tuple(replace(s, **changes) for s in llama.subsets(config)))
+        return tuple(replace(subset, **changes) for subset in subsets_of(config))
 
-    for adapter in (replace(llama, residual=None), without(writes=None)):
+    for adapter, subsets in ((replace(llama, residual=None), subsets_of(config)), (llama, without(writes=None))):
         with pytest.raises(ModelError, match="doesn't declare who writes and reads the residual"):
-            residual_of(adapter, config)
+            residual_of(adapter, config, subsets)
     with pytest.raises(ModelError, match=r"self_attn\.q_proj reads the residual, but no norm"):
-        residual_of(without(prev=None), config)
+        residual_of(llama, config, without(prev=None))
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
 def test_every_adapter_declares_its_residual(adapter):
     config: PretrainedConfig = next(c for c in CONFIGS.values() if c.model_type in adapter.model_types)
-    assert residual_of(adapter, config).readers == ("lm_head",)
+    assert residual_of(adapter, config, subsets_of(config)).readers == ("lm_head",)

@@ -22,7 +22,7 @@ from llmc.eval.perplexity import mean_losses, perplexity
 from llmc.export import read_config
 from llmc.export.dense import FakeQuant, Transformed
 from llmc.export.vllm import VLLM
-from llmc.models import heads_of, residual_of
+from llmc.models import residual_of
 from llmc.quant import ActSpec, Fp8Grid, IntGrid, KvSpec, PerGroup, PerTensor, QuantSpec
 from llmc.stream import engine as engine_module
 from llmc.stream.activations import ActivationStore
@@ -111,10 +111,11 @@ class Pass:
         skeleton = self.tiny.skeleton(self.dtype)
         source, sinks = self.tiny.source(skeleton), self.sinks()
         recipe = self.recipe()
-        config, subsets, heads = self.tiny.config, self.tiny.subsets, heads_of(self.tiny.config)
+        config, subsets, heads = self.tiny.config, self.tiny.block_subsets, self.tiny.adapter.heads(self.tiny.config)
         frame = None
         if recipe.at_load:
-            frame = Frame(subsets, heads, residual_of(self.tiny.adapter, config), config.hidden_size, seed=0, ffn=128)
+            declared = residual_of(self.tiny.adapter, config, subsets[0])
+            frame = Frame(subsets, heads, declared, config.hidden_size, seed=0, ffn=128)
         try:
             return Engine(
                 skeleton=skeleton,
