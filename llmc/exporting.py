@@ -18,6 +18,7 @@ from .config.suggest import did_you_mean
 from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, check_shard
 from .models import BlockSelection
+from .models.experts import in_solving_order
 from .plan import original_bytes
 from .prepare import Prepared, check_exporters, prepare, source_of
 from .quant import InputRange, KvRanges, QuantSpec, QWeight, Scheme, UnitRecord, cache_scales
@@ -218,7 +219,9 @@ class _Finished:
     def _block(self, unit: str) -> list[tuple[Layer, str]]:
         """The Linears of a block with the keys of their subsets."""
         index = int(unit.rpartition("-")[2])
-        keys = [subset.key for subset in self.prepared.subsets[index] for _ in subset.linears]
+        own = self.prepared.subsets[index]
+        key_of = {name: subset.key for subset in in_solving_order(own) for name in subset.linears}
+        keys = [key_of[name] for subset in own for name in subset.linears]
         start = sum(len(subset.linears) for own in self.prepared.subsets[:index] for subset in own)
         return list(zip(self.prepared.layers[start : start + len(keys)], keys, strict=True))
 

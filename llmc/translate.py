@@ -8,7 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .algorithms import ALGORITHMS, SHORTGPT, Algorithm, Ignored, Recipe, is_named, make_recipe
+from .algorithms import (
+    ALGORITHMS,
+    SHORTGPT,
+    Algorithm,
+    ExpertCalibration,
+    Ignored,
+    Recipe,
+    is_named,
+    make_recipe,
+)
 from .config import Config
 from .config.schema import EvalConfig
 from .config.suggest import did_you_mean
@@ -119,6 +128,9 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
             kv=kv,
             rules=make_rules(quant, packing) if quant else (),
         )
+    if config.calib is not None:
+        experts = ExpertCalibration(config.calib.moe == "all_tokens", config.calib.moe_min_tokens)
+        recipe = replace(recipe, experts=experts)
     if any(kind.wants_squares for kind in _asked(config)):
         recipe = replace(recipe, observes=True)
     if sparse is not None and sparse.method == SHORTGPT:

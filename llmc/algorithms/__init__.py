@@ -2,7 +2,7 @@
 
 from .base import Algorithm, Frame, Needs, Online, Options, is_named
 from .layers import Ignored, LayerPattern, Rule
-from .recipe import Recipe, Step, make_recipe
+from .recipe import ExpertCalibration, Recipe, Step, make_recipe
 from .registry import ALGORITHMS, options_types
 from .shortgpt import NAME as SHORTGPT
 from .shortgpt import BlockInfluence, least_influential
@@ -18,6 +18,7 @@ __all__ = [
     "BlockInfluence",
     "BlockView",
     "ClipRatios",
+    "ExpertCalibration",
     "Frame",
     "Ignored",
     "InspectCalls",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -168,6 +168,12 @@ class Algorithm:
     def subset(self, view: SubsetView) -> None:
         """Called once for each subset of each block, with its statistics ready. Behind ``tune`` there are none."""
         raise NotImplementedError
+
+    def solve(self, views: Sequence[SubsetView]) -> None:
+        """Called with subsets of equal shapes, each with statistics of its own: the experts of a mixture. A method that
+        can do several at once does so here."""
+        for view in views:
+            self.subset(view)
 
     def tune(self, view: BlockView) -> TuneNote:
         """Learn clips, scales and shifts of a whole block; they are folded before ``subset`` is called."""

@@ -18,7 +18,7 @@ from ..linalg import input_factor, replace_columns
 from ..quant import PerBlock, PerGroup, PerTensor, QuantSpec, QWeight, over_rows, quantize_weight
 from ..quant.affine import find_ranges, qparams, quantize
 from .base import Algorithm, Needs, Options
-from .rtn import clipped_qparams
+from .rtn import clipped_qparams, round_subset
 from .stats import relative_error
 from .views import LayerNote, SubsetView
 
@@ -83,6 +83,9 @@ class GPTQ(Algorithm):
         gram = view.stats.gram
         if gram is None:
             raise ValueError("GPTQ needs the Gram matrix of its inputs")
+        if gram.tokens == 0:
+            round_subset(view, "no calibration token reaches it: rounded to nearest")
+            return
         grids: dict[QuantSpec, list[str]] = {}
         for name, spec in view.specs.items():
             grids.setdefault(spec, []).append(name)

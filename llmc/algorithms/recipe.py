@@ -18,6 +18,24 @@ from .rtn import RTN, RTNOptions
 
 
 @dataclass(frozen=True)
+class ExpertCalibration:
+    """How the experts of a mixture are calibrated.
+
+    Attributes:
+        all_tokens: on all tokens, rather than on those that are routed to them.
+        min_tokens: tokens below which an expert takes the statistics of all experts of its layer; None: an eighth of
+            the Linear's input channels, below which a Gram matrix knows nothing of most directions.
+    """
+
+    all_tokens: bool = False
+    min_tokens: int | None = None
+
+    def enough(self, columns: int) -> int:
+        """How many tokens are enough for a Linear with so many input channels."""
+        return max(1, columns // 8) if self.min_tokens is None else self.min_tokens
+
+
+@dataclass(frozen=True)
 class Step:
     """One algorithm of the recipe with what it needs of the engine."""
 
@@ -46,6 +64,7 @@ class Recipe:
         drop_blocks: how many blocks of the least influence are left out.
         clustered: how tensors inside the blocks are quantized by a method that clusters channels; None: they aren't.
         observes: whether a format wants to know how large the transformed model's activations are.
+        experts: how the experts of a mixture are calibrated.
     """
 
     steps: tuple[Step, ...]
@@ -59,6 +78,7 @@ class Recipe:
     drop_blocks: int = 0
     clustered: ActSpec | None = None
     observes: bool = False
+    experts: ExpertCalibration = field(default_factory=ExpertCalibration)
 
     @property
     def changes(self) -> bool:

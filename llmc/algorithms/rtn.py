@@ -37,12 +37,14 @@ class RTN(Algorithm):
         round_subset(view)
 
 
-def round_subset(view: SubsetView) -> None:
-    """Round every Linear that has a grid to nearest, within the clip that was handed over, if any."""
+def round_subset(view: SubsetView, why: str | None = None) -> None:
+    """Round every Linear that has a grid to nearest, within the clip that was handed over, if any. The notes tell
+    ``why`` nothing better was done."""
     for name, spec in view.specs.items():
         weight = view.linears[name].weight.detach()
         quantized = quantize_weight(weight, spec, clipped_qparams(weight, spec, view.clips.get(name)))
-        view.put(name, quantized, LayerNote(relative_error(weight, quantized.dequantize(), None)))
+        error = relative_error(weight, quantized.dequantize(), None)
+        view.put(name, quantized, LayerNote(error, fallback=why))
 
 
 def clipped_qparams(weight: Tensor, spec: QuantSpec, clip: ClipRatios | None) -> tuple[Tensor, Tensor]:

@@ -58,13 +58,15 @@ class SparseGPT(Algorithm):
         if not view.sparsity:
             return
         gram = view.stats.gram.matrix
-        factor = input_factor(gram, self.options.percdamp)
+        reached = view.stats.gram.tokens > 0
+        factor = input_factor(gram, self.options.percdamp) if reached else None
         dead = gram.diagonal() == 0
         for name, sparsity in view.sparsity.items():
             weight = view.linears[name].weight.detach().float()
             if factor is None:
                 mask = prune_mask(weight.abs(), sparsity, compare="all")
-                why = "the Hessian could not be factored at any damping: pruned by magnitude"
+                cause = "the Hessian could not be factored at any damping" if reached else "no calibration token"
+                why = f"{cause}: pruned by magnitude"
                 note = LayerNote(relative_error(weight, weight.masked_fill(mask, 0), None), fallback=why)
                 view.prune(name, weight, mask, note)
             else:

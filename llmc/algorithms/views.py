@@ -45,6 +45,7 @@ class LayerNote:
         fallback: why it was treated by a simpler method.
         sparsity: fraction of its weights that were pruned; None if none were to be.
         pruning_error: ``error`` of the pruning, where a quantizer followed.
+        tokens: of an expert's, how many calibration tokens reached it.
     """
 
     error: float = 0.0
@@ -52,6 +53,11 @@ class LayerNote:
     fallback: str | None = None
     sparsity: float | None = None
     pruning_error: float | None = None
+    tokens: int | None = None
+
+    def of_expert(self, tokens: int, why: str | None) -> LayerNote:
+        """This note of an expert's Linear with the number of its calibration tokens, and why it took others'."""
+        return replace(self, tokens=tokens, fallback="; ".join(text for text in (why, self.fallback) if text) or None)
 
     def behind(self, earlier: LayerNote | None) -> LayerNote:
         """This note of a quantizer with what the pruner before it had to say."""

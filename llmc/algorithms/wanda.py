@@ -37,9 +37,11 @@ class Wanda(Algorithm):
         """Prune every Linear that is to be pruned. The error noted takes channels for uncorrelated."""
         if view.stats.sum_squares is None:
             raise ValueError("Wanda needs the sum of squares of its inputs")
-        norm = view.stats.sum_squares.norm
+        norm, reached = view.stats.sum_squares.norm, view.stats.sum_squares.tokens > 0
         for name, sparsity in view.sparsity.items():
             weight = view.linears[name].weight.detach().float()
-            scored = weight.abs().mul_(norm)
+            scored = weight.abs().mul_(norm) if reached else weight.abs()
             mask = prune_mask(scored, sparsity, compare="row")
-            view.prune(name, weight, mask, LayerNote(relative_error(scored, scored.masked_fill(mask, 0), None)))
+            error = relative_error(scored, scored.masked_fill(mask, 0), None)
+            why = None if reached else "no calibration token reaches it: pruned by magnitude"
+            view.prune(name, weight, mask, LayerNote(error, fallback=why))

@@ -50,6 +50,16 @@ class CalibConfig(Section):
     seq_len: int | None = Field(None, ge=2, description="Tokens in one sample.")
     preproc: legacy.Preproc | None = Field(None, description="How samples are cut from the text.")
     seed: int = Field(42, ge=0, description="Seed of the choice of samples.")
+    moe: Literal["routed", "all_tokens"] = Field(
+        "routed",
+        description="Which tokens calibrate the experts of a mixture: those routed to each, or all for every expert.",
+    )
+    moe_min_tokens: int | None = Field(
+        None,
+        ge=0,
+        description="An expert that fewer tokens reach takes the statistics of all experts of its layer; None: an "
+        "eighth of its input channels.",
+    )
     padding: bool = Field(False, description="Pad the samples on the left instead of cutting them to one length.")
     apply_chat_template: bool = Field(False, description="Wrap every sample in the model's chat template.")
     add_answer: bool = Field(False, description="Append the answer to each question.")

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from ..errors import ModelError
 from .adapter import ModelAdapter
+from .deepseek import DEEPSEEK2, DEEPSEEK3
+from .gpt_oss import GPT_OSS
 from .llama import LLAMA
+from .llama4 import LLAMA4
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .opt import OPT
 from .qwen import QWEN2, QWEN3
+from .qwen3_next import QWEN3_NEXT
+from .qwen_moe import QWEN2_MOE, QWEN3_MOE
 
-ADAPTERS: tuple[ModelAdapter, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OPT)
+ADAPTERS: tuple[ModelAdapter, ...] = (
+    *(LLAMA, LLAMA4, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN3_NEXT, OPT),
+    *(DEEPSEEK2, DEEPSEEK3, GPT_OSS),
+)
 
 
 def find_adapter(requested: str, model_type: str) -> ModelAdapter:

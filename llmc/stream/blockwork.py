@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from ..algorithms import (
     BlockView,
     ClipRatios,
     Frame,
+    InspectCalls,
     LayerNote,
     Online,
     Recipe,
@@ -25,6 +26,7 @@ from ..algorithms import (
     new_statistics,
 )
 from ..models import Heads, Subset, fold_scale, fold_shift
+from ..models.experts import LinearExperts
 from ..quant import (
     ActSpec,
     InputRange,
@@ -37,12 +39,15 @@ from ..quant import (
     cache_scales,
 )
 from .clustered import ClusteredBlock
-from .inputs import BlockInputs
+from .inputs import BlockInputs, Readers
 from .memory import trim_heap, unheaped
+from .parts import Unit, solved_units, transformed_units, watched_modules
 from .squares import observe_squares
-from .stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
+from .stages import BlockRun, Observed, Stage, propagate, run_replayed, run_staged, run_together
 from .stored import StoredBlock
 from .training import LearningCalls, repeatable
+
+_TOGETHER = 2**30  # bytes of Gram matrices of experts that are solved together
 
 
 @dataclass(frozen=True)
@@ -102,13 +107,17 @@ class BlockWork:
     def __post_init__(self) -> None:
         self.weights = StoredBlock(self.block, self.prefix, self.stored)
         recipe = self.context.recipe
-        readers: dict[str, tuple[ActSpec, list[nn.Linear]]] = {}
-        for subset in self.subsets if recipe.steps else ():
-            schemes = self._schemes_of(subset)
+        self._solved = solved_units(self.subsets)
+        for module in self.block.modules():
+            if isinstance(module, LinearExperts):
+                module.all_tokens = recipe.experts.all_tokens
+        readers: dict[str, Readers] = {}
+        for unit in self._solved if recipe.steps else ():
+            schemes = self._schemes_of(unit.subset)
             act = _act_of(schemes)
             if act is not None:
                 rounding = [self._linear(name) for name, scheme in schemes.items() if scheme.act is not None]
-                readers[subset.key] = act, rounding
+                readers[unit.subset.key] = Readers(act, rounding, -(-len(rounding) // len(unit.parts)))
         rotated = [
             (self._linear(name), rotation)
             for subset in self.subsets
@@ -205,27 +214,35 @@ class BlockWork:
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
         views: list[SubsetView] = []
-        subsets = [subset for subset in self.subsets if step.algorithm.covers(subset)]
+        searching = step.algorithm.kind == "transform"
+        every = transformed_units(self.subsets) if searching else self._solved
+        units = [unit for unit in every if step.algorithm.covers(unit.subset)]
 
-        def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
-            view = self._view(subsets[position], statistics, calls)
+        def solve(position: int, observed: Sequence[Observed]) -> None:
+            unit = units[position]
+            seen = [(one, *self._enough(one, unit, step)) for one in observed]
+            own = [self._view(unit.parts[one.part], statistics, one.calls) for one, statistics, _ in seen]
             # A search makes many small copies, again and again; others a few large ones, once.
-            with nullcontext() if step.algorithm.kind == "transform" else unheaped():
-                step.algorithm.subset(view)
-                self._accept(view)
-            if step.algorithm.kind == "quantizer":
-                found = None if statistics.ranges is None else InputRange(*statistics.ranges.range())
-                self.inputs.switch_on(view.subset.key, found)
-            view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
-            views.append(view)
+            with nullcontext() if searching else unheaped():
+                step.algorithm.solve(own)
+                for view, (one, _, why) in zip(own, seen, strict=True):
+                    if unit.experts:
+                        view.notes = {name: note.of_expert(one.tokens, why) for name, note in view.notes.items()}
+                    self._accept(view)
+            last = observed[-1]
+            if step.algorithm.kind == "quantizer" and last.part + 1 == len(unit.parts):
+                ranges = (last.pooled or last.statistics).ranges
+                self.inputs.switch_on(unit.subset.key, None if ranges is None else InputRange(*ranges.range()))
+            for view in own:
+                view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
+            views.extend(own)
             trim_heap()
 
         if run is None:
-            for position in range(len(subsets)):
-                solve(position, Statistics(), None)
+            for position, unit in enumerate(units):
+                solve(position, [Observed(part, Statistics(), None) for part in range(len(unit.parts))])
         else:
-            searching = step.algorithm.kind == "transform"
-            stages = [self._stage(subset, step, searching=searching) for subset in subsets]
+            stages = [self._stage(unit, step, searching=searching) for unit in units]
             with ExitStack() as stack:
                 if self.clustered is not None and step.algorithm.clusters:
                     stack.enter_context(self.clustered.watching())
@@ -246,15 +263,18 @@ class BlockWork:
             self._flush(original)  # nobody reads the original's inputs any more
         pending = self._pending
         targets = partial(original.inputs.load, device=run.device) if pending is None else pending.__getitem__
-        views = [self._view(subset, Statistics(), None) for subset in self.subsets]
+        units = transformed_units(self.subsets)
+        parts = [[self._view(part, Statistics(), None) for part in unit.parts] for unit in units]
+        views = [view for own in parts for view in own]
         if not any(view.specs for view in views):
             return  # the whole block is to stay as it is
         if step.algorithm.statistics:
 
-            def look(position: int, statistics: Statistics, calls: HeldCalls) -> None:
-                views[position].stats = statistics
+            def look(position: int, observed: Sequence[Observed]) -> None:
+                for one in observed:
+                    parts[position][one.part].stats = one.statistics
 
-            stages = [self._stage(subset, step, searching=False) for subset in self.subsets]
+            stages = [self._stage(unit, step, searching=False) for unit in units]
             run_together(run, stages, look, keep=False)
         weights = {name: parameter.data for name, parameter in self.block.named_parameters()}
         transformed = any(one.algorithm.kind == "transform" for one in self.context.recipe.in_block)
@@ -270,13 +290,34 @@ class BlockWork:
             return run_together
         return run_replayed if self.context.forward == "replay" else run_staged
 
-    def _stage(self, subset: Subset, step: Step, *, searching: bool) -> Stage:
-        linears = tuple(self._linear(name) for name in subset.linears)
-        inspect = (self.block.get_submodule(subset.inspect) if subset.inspect else self.block) if searching else None
-        columns = linears[0].weight.shape[1]
+    def _stage(self, unit: Unit, step: Step, *, searching: bool) -> Stage:
+        subset, wanted = unit.subset, step.algorithm.statistics
+        inspect = None
+        if searching and not unit.experts:
+            inspect = self.block.get_submodule(subset.inspect) if subset.inspect else self.block
+        columns = self._linear(subset.linears[0]).weight.shape[1]
         act = None if searching else _act_of(self._schemes_of(subset))
-        make = partial(new_statistics, step.algorithm.statistics, columns, self.context.device, act)
-        return Stage(linears, inspect, make, self.context.online.of_input(subset))
+        return Stage(
+            watched_modules(self.block, unit),
+            inspect,
+            partial(new_statistics, wanted, columns, self.context.device, act),
+            self.context.online.of_input(subset),
+            experts=unit.experts,
+            together=max(1, _TOGETHER // (4 * columns**2)) if "gram" in wanted else len(unit.parts),
+            scarce=0 if searching else self.context.recipe.experts.enough(columns),
+            ranged=act is not None and act.observer is not None,
+            modules=tuple(self._linear(part.linears[0]) for part in unit.parts) if searching and unit.experts else (),
+        )
+
+    def _enough(self, one: Observed, unit: Unit, step: Step) -> tuple[Statistics, str | None]:
+        """The statistics to solve a part with, and why they aren't its own: an expert that few tokens reach is solved
+        with those that reach any expert of its layer."""
+        if not unit.experts or step.algorithm.kind == "transform" or one.pooled is None:
+            return one.statistics, None
+        columns = self._linear(unit.subset.linears[0]).weight.shape[1]
+        if one.tokens >= self.context.recipe.experts.enough(columns):
+            return one.statistics, None
+        return one.pooled, f"{one.tokens} calibration tokens reach this expert: solved with those of all experts"
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.block.get_submodule(name)
@@ -284,7 +325,7 @@ class BlockWork:
             raise TypeError(f"{self.prefix}.{name} is a {type(module).__name__}, not a Linear")
         return module
 
-    def _view(self, subset: Subset, statistics: Statistics, calls: HeldCalls | None) -> SubsetView:
+    def _view(self, subset: Subset, statistics: Statistics, calls: InspectCalls | None) -> SubsetView:
         places = {name: (self.index, name, f"{self.prefix}.{name}") for name in subset.linears}
         shares = {name: self.context.recipe.sparsity_of(*place) for name, place in places.items()}
         sparsity = {name: share for name, share in shares.items() if share is not None}
@@ -389,10 +430,10 @@ class BlockWork:
         """Calibrated ranges by the checkpoint's names of the Linears."""
         found = self.inputs.found
         return {
-            self.weights.module(name): found[subset.key]
-            for subset in self.subsets
-            for name in subset.linears
-            if subset.key in found and self._scheme_of(name).act is not None
+            self.weights.module(name): found[unit.subset.key]
+            for unit in self._solved
+            for name in unit.subset.linears
+            if unit.subset.key in found and self._scheme_of(name).act is not None
         }
 
     def _cache_scales(self) -> dict[str, Tensor]:

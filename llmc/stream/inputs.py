@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,23 +15,38 @@ from ..quant import ActSpec, InputQuantizer, InputRange
 Rotated = Sequence[tuple[nn.Linear, OnlineRotation]]
 
 
+@dataclass(frozen=True)
+class Readers:
+    """How an input is rounded.
+
+    Attributes:
+        spec: the grid.
+        linears: the Linears that read it so.
+        sharing: how many of them read one tensor; each expert's Linears read another.
+    """
+
+    spec: ActSpec
+    linears: Sequence[nn.Linear]
+    sharing: int
+
+
 class BlockInputs:
     """Hooks that rotate what some of a block's Linears read, and round it from the moment on that their subset is
     compressed.
 
     Args:
-        readers: for each subset that has any, by its key, how its input is rounded and the Linears that read it so.
+        readers: for each subset that has any, by its key, how its input is rounded.
         rotated: the Linears with rotated inputs.
     """
 
-    def __init__(self, readers: Mapping[str, tuple[ActSpec, Sequence[nn.Linear]]], rotated: Rotated = ()) -> None:
-        self._quantizers = {key: InputQuantizer(spec, len(linears)) for key, (spec, linears) in readers.items()}
+    def __init__(self, readers: Mapping[str, Readers], rotated: Rotated = ()) -> None:
+        self._quantizers = {key: InputQuantizer(one.spec, one.sharing) for key, one in readers.items()}
         # In this order they are called: what is rounded is the rotated input.
         self._hooks = [linear.register_forward_pre_hook(_rotating(rotation)) for linear, rotation in rotated]
         self._hooks += [
             linear.register_forward_pre_hook(quantizer)
             for key, quantizer in self._quantizers.items()
-            for linear in readers[key][1]
+            for linear in readers[key].linears
         ]
 
     def switch_on(self, key: str, found: InputRange | None) -> None:

@@ -6,6 +6,7 @@ compare what it loads with ``from_pretrained``, tensor for tensor.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
+from ..models.experts import linearize_experts
 from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
@@ -109,6 +111,35 @@ def anatomy(folder: Path) -> Anatomy:
     return Anatomy(shapes, classes, tied, f"{model.base_model_prefix}.")
 
 
+@dataclass(frozen=True)
+class ExpertPattern:
+    """The checkpoint's names of a mixture's matrices that Transformers merges while it loads them.
+
+    Attributes:
+        names: how they end, with the expert's number as a group, and the Linear that each is.
+    """
+
+    names: tuple[tuple[re.Pattern[str], str], ...]
+
+    @classmethod
+    def of(cls, entry: WeightConverter) -> ExpertPattern | None:
+        """That of one of Transformers' conversions; None if it does something else."""
+        target = entry.target_patterns[0].rpartition(".")[2] if len(entry.target_patterns) == 1 else ""
+        linears = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(target, ())
+        sources = [source for source in entry.source_patterns if ".*." in source]
+        if len(sources) != len(entry.source_patterns) or len(sources) != len(linears):
+            return None
+        patterns = (re.compile(re.escape(source).replace(r"\*", r"(\d+)") + "$") for source in sources)
+        return cls(tuple(zip(patterns, linears, strict=True)))
+
+    def renamed(self, name: str) -> str | None:
+        """The name of the Linear's parameter; None if the pattern isn't about it."""
+        for pattern, linear in self.names:
+            if found := pattern.search(name):
+                return f"{name[: found.end(1)]}.{linear}.weight"
+        return None
+
+
 class Skeleton:
     """The model on the meta device (buffers are real), in an explicit computing dtype.
 
@@ -137,6 +168,7 @@ class Skeleton:
             auto: Any = AutoModelForCausalLM  # from_config has no annotations
             self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.eval()
+        self._experts = linearize_experts(self.model)
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
         if wrong:
             raise ModelError(f"parameter {wrong[0]} insists on another dtype than {dtype}", "set model.torch_dtype")
@@ -156,9 +188,12 @@ class Skeleton:
         mapping = get_model_conversion_mapping(self.model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        merged = [entry for entry in map(ExpertPattern.of, converters) if entry] if self._experts else []
+        converters = [entry for entry in converters if ExpertPattern.of(entry) is None or not self._experts]
         state = self.model.state_dict()
         for name in names:
             renamed, converted = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            renamed = next((found for entry in merged if (found := entry.renamed(renamed))), renamed)
             if converted is not None:
                 raise ModelError(
                     f"{name}: the checkpoint's layout of this tensor is merged while loading, which isn't supported",
@@ -197,6 +232,12 @@ class Skeleton:
         Raises:
             CheckpointError: a shape or name doesn't fit the configuration.
         """
+        experts = {name for name in tensors if self._of_expert(self.parameter_of[name])}
+        for name in experts:
+            self._place(name, tensors[name])
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in experts}
+        if not tensors:
+            return
         mapping: Any = get_model_conversion_mapping(self.model)  # annotated more loosely than what takes it
         info, _ = convert_and_load_state_dict_in_model(
             self.model,
@@ -215,6 +256,21 @@ class Skeleton:
         problems = [*info.unexpected_keys, *info.conversion_errors, *info.error_msgs]
         if problems:
             raise CheckpointError(f"transformers could not load {problems[0]}", "is the checkpoint complete?")
+
+    def _of_expert(self, parameter: str) -> bool:
+        """Whether it's a parameter that Transformers doesn't know, since it keeps all experts' in one."""
+        return any(parameter.startswith(f"{path}.") for path in self._experts)
+
+    def _place(self, name: str, tensor: Tensor) -> None:
+        owner, _, leaf = self.parameter_of[name].rpartition(".")
+        module = self.model.get_submodule(owner)
+        expected = module._parameters[leaf]
+        if expected is None or expected.shape != tensor.shape:
+            raise CheckpointError(
+                f"{name}: the shape doesn't fit config.json", "do config.json and the weights belong together?"
+            )
+        placed = tensor.to(self._device, self.model.dtype)
+        module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
 
     def release(self, module: nn.Module) -> None:
         """Put a module's parameters back to the meta device."""

@@ -10,7 +10,7 @@ held activations don't fit, and it's the oracle of the other: same statistics, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..algorithms import Statistics
+from ..algorithms import InspectCalls, Statistics
 from .activations import Stream
 from .calls import Call
 from .memory import trim_heap, unheaped
 
-Solve = Callable[[int, Statistics, "HeldCalls"], None]
-"""Called with a stage's index, its statistics and the inspected module's calls."""
+Solve = Callable[[int, "Sequence[Observed]"], None]
+"""Called with a stage's index and what was seen of those of its parts that are to be solved together."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,50 @@ class Stage:
     """A subset as the runner sees it.
 
     Attributes:
-        linears: the modules that read the shared input.
+        watched: the modules that read the shared input, the first of which is waited at; of experts, the port that
+            shows the inputs of all.
         inspect: the module whose calls are kept for the search, or None if nobody asks.
         new_statistics: makes empty statistics.
         rotate: what a hook of the Linears does to the shared input before they read it; None: nothing.
+        experts: of a mixture's Linears, the expert of each part; empty where there is one part, which reads everything.
+        together: how many of them are solved at a time.
+        scarce: tokens below which an expert is given the statistics of all of them, too.
+        ranged: whether all parts' inputs together are always wanted, to find their common range.
+        modules: each expert's Linear, where a search repeats its calls.
     """
 
-    linears: tuple[nn.Module, ...]
+    watched: tuple[nn.Module, ...]
     inspect: nn.Module | None
     new_statistics: Callable[[], Statistics]
     rotate: Callable[[Tensor], Tensor] | None = None
+    experts: tuple[int, ...] = ()
+    together: int = 1
+    scarce: int = 0
+    ranged: bool = False
+    modules: tuple[nn.Module, ...] = ()
 
     def observe(self, statistics: Statistics, inputs: Tensor) -> None:
         """Add tokens ``[..., in]`` to the statistics as the Linears will read them, but for rounding."""
         statistics.update(inputs if self.rotate is None else self.rotate(inputs))
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was seen of a part of a stage.
+
+    Attributes:
+        part: its index.
+        statistics: of its own inputs.
+        calls: of the inspected module, or of an expert's Linear.
+        tokens: how many its inputs were; of a stage without experts, nobody counts.
+        pooled: statistics of all parts' inputs together, where asked for.
+    """
+
+    part: int
+    statistics: Statistics
+    calls: InspectCalls | None
+    tokens: int = 0
+    pooled: Statistics | None = None
 
 
 @dataclass
@@ -68,6 +98,52 @@ class HeldCalls:
         if not isinstance(output, Tensor):
             raise TypeError(f"{type(self.module).__name__} returned {type(output).__name__}")
         return output
+
+
+def observations(stage: Stage, inputs: Iterable[Any], calls: HeldCalls) -> Iterator[list[Observed]]:
+    """Statistics of a stage, for so many parts at a time as are solved together.
+
+    Args:
+        stage: the stage.
+        inputs: what its watched modules were called with, of each batch: ``[..., in]``, or ``RoutedInputs``. It is gone
+            through several times where there are many experts, or some with few tokens.
+        calls: of the inspected module; they are there when the inputs have been gone through.
+    """
+    if not stage.experts:
+        statistics = _begin(stage)
+        for one in inputs:
+            stage.observe(statistics, one)
+        yield [Observed(0, statistics, calls)]
+        return
+    counts = [0] * len(stage.experts)
+    common = True
+    for routed in inputs:
+        common &= routed.common
+        for part, expert in enumerate(stage.experts):
+            counts[part] += routed.tokens(expert)
+    pooled = None
+    if common:  # what everybody reads needs to be looked at once
+        pooled = _begin(stage)
+        for routed in inputs:
+            stage.observe(pooled, routed.of(stage.experts[0]))
+    elif stage.ranged or min(counts) < stage.scarce:
+        pooled = _begin(stage)
+        for routed in inputs:
+            for expert in stage.experts:
+                stage.observe(pooled, routed.of(expert))
+    for start in range(0, len(stage.experts), stage.together):
+        parts = range(start, min(start + stage.together, len(stage.experts)))
+        own = {part: pooled if common and pooled is not None else _begin(stage) for part in parts}
+        for routed in inputs if not common else ():
+            for part, statistics in own.items():
+                stage.observe(statistics, routed.of(stage.experts[part]))
+        found = []
+        for part, statistics in own.items():
+            if stage.modules:
+                calls = HeldCalls(stage.modules[part], [((one.of(stage.experts[part]),), {}) for one in inputs])
+            found.append(Observed(part, statistics, calls, counts[part], pooled))
+        yield found
+        del own, found
 
 
 @dataclass(frozen=True)
@@ -101,9 +177,11 @@ def propagate(run: BlockRun) -> None:
 
 
 class _Waiting(greenlet.greenlet):
-    """One batch's forward; ``stage`` is where it waits, or the number of stages when it has ended."""
+    """One batch's forward; ``stage`` is where it waits, or the number of stages when it has ended, and ``seen`` what
+    the module there was called with."""
 
     stage = -1
+    seen: Any = None
     inspected: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     passed = -1
 
@@ -131,15 +209,13 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
         keep: store the outputs over the inputs. They are the outputs of the weights that ``solve`` left.
     """
     hub = greenlet.getcurrent()
-    statistics = Statistics()  # of the stage that the batches are running to
     hooks = []
 
     def before(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             batch = greenlet.getcurrent()
             if isinstance(batch, _Waiting) and batch.passed < index:
-                batch.stage = index
-                stages[index].observe(statistics, args[0])
+                batch.stage, batch.seen = index, args[0]
                 hub.switch()
                 batch.passed = index
 
@@ -162,22 +238,25 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
     waiting = [_Waiting(body(batch)) for batch in range(len(run.inputs))]
     try:
         for index, stage in enumerate(stages):
-            hooks += [_first(linear, before(index)) for linear in stage.linears]
+            hooks += [_first(module, before(index)) for module in stage.watched]
         for stage in stages:
             # The hook of a Linear that is its own witness must see the call before the batch is held there.
             if stage.inspect is not None:
                 hooks.append(stage.inspect.register_forward_pre_hook(inspect, prepend=True, with_kwargs=True))
         for index, stage in enumerate(stages):
-            statistics = _begin(stage)
             for batch in waiting:
                 if batch.stage < index:
                     batch.switch()
             trim_heap()
-            calls = [batch.inspected for batch in waiting if batch.stage == index and batch.inspected is not None]
-            solve(index, statistics, HeldCalls(stage.inspect or run.block, calls))
-            statistics = Statistics()
+            arrived = [batch for batch in waiting if batch.stage == index]
+            calls = [batch.inspected for batch in arrived if batch.inspected is not None]
+            seen = [batch.seen for batch in arrived]
+            for observed in observations(stage, seen, HeldCalls(stage.inspect or run.block, calls)):
+                solve(index, observed)
+                observed.clear()
+            del seen, calls
             for batch in waiting:
-                batch.inspected = None
+                batch.inspected = batch.seen = None
         for batch in waiting:
             if keep and not batch.dead:
                 batch.switch()
@@ -192,11 +271,10 @@ def run_staged(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bo
 def run_replayed(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bool) -> None:
     """The same result by one forward for each batch and subset, and one more for the outputs."""
     for index, stage in enumerate(stages):
-        statistics = _begin(stage)
         calls = HeldCalls(stage.inspect or run.block)
-        for batch in range(len(run.inputs)):
-            _observe(run, batch, stage, statistics, calls)
-        solve(index, statistics, calls)
+        for observed in observations(stage, _Replayed(run, stage, calls), calls):
+            solve(index, observed)
+            observed.clear()
     if keep:
         propagate(run)
 
@@ -205,24 +283,41 @@ class _Reached(Exception):
     """The subset's input has been seen: the rest of the block isn't needed."""
 
 
-def _observe(run: BlockRun, batch: int, stage: Stage, statistics: Statistics, calls: HeldCalls) -> None:
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        stage.observe(statistics, args[0])
-        raise _Reached
+@dataclass
+class _Replayed:
+    """What a stage's watched modules are called with, batch by batch; each going through runs all batches again."""
 
-    def inspect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.held.append((args, kwargs))
+    run: BlockRun
+    stage: Stage
+    calls: HeldCalls
 
-    hooks = [_first(linear, before) for linear in stage.linears]
-    if stage.inspect is not None:
-        hooks.append(stage.inspect.register_forward_pre_hook(inspect, prepend=True, with_kwargs=True))
-    try:
-        run.forward(batch)
-    except _Reached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __iter__(self) -> Iterator[Any]:
+        self.calls.held.clear()
+        for batch in range(len(self.run.inputs)):
+            yield from self._seen(batch)
+
+    def _seen(self, batch: int) -> list[Any]:
+        """What one batch shows; nothing if it passes the stage by."""
+        seen: list[Any] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append(args[0])
+            raise _Reached
+
+        def inspect(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls.held.append((args, kwargs))
+
+        hooks = [_first(module, before) for module in self.stage.watched]
+        if self.stage.inspect is not None:
+            hooks.append(self.stage.inspect.register_forward_pre_hook(inspect, prepend=True, with_kwargs=True))
+        try:
+            self.run.forward(batch)
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
 
 def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bool) -> None:
@@ -230,19 +325,35 @@ def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: 
 
     For quantizers that don't ask for sequential calibration and inspect no module.
     """
-    statistics = [_begin(stage) for stage in stages]
+    parts = [[_begin(stage) for _ in stage.experts or (0,)] for stage in stages]
+    pooled = [_begin(stage) if stage.experts else None for stage in stages]
+    counts = [[0] * len(one) for one in parts]
     seen: set[int] = set()
 
+    def look(index: int, inputs: Any) -> None:
+        stage, together = stages[index], pooled[index]
+        if together is None:
+            stage.observe(parts[index][0], inputs)
+            return
+        if inputs.common:
+            parts[index] = [together] * len(stage.experts)
+            stage.observe(together, inputs.of(stage.experts[0]))
+        for part, expert in enumerate(stage.experts):
+            counts[index][part] += inputs.tokens(expert)
+            if not inputs.common:
+                stage.observe(parts[index][part], inputs.of(expert))
+                stage.observe(together, inputs.of(expert))
+
     def observe(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            stages[index].observe(statistics[index], args[0])
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            look(index, args[0])
             seen.add(index)
             if len(seen) == len(stages) and not keep:
                 raise _Reached
 
         return hook
 
-    hooks = [_first(stage.linears[0], observe(index)) for index, stage in enumerate(stages)]
+    hooks = [_first(stage.watched[0], observe(index)) for index, stage in enumerate(stages)]
     try:
         for batch in range(len(run.inputs)):
             seen.clear()
@@ -254,4 +365,10 @@ def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: 
         for hook in hooks:
             hook.remove()
     for index, stage in enumerate(stages):
-        solve(index, statistics[index], HeldCalls(stage.inspect or run.block))
+        calls = HeldCalls(stage.inspect or run.block)
+        solve(
+            index,
+            [Observed(part, own, calls, counts[index][part], pooled[index]) for part, own in enumerate(parts[index])],
+        )
+        parts[index].clear()
+        pooled[index] = None

@@ -29,9 +29,10 @@ class StoredBlock:
     stored: Mapping[str, tuple[str, torch.dtype]]
     gathered: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Those that the checkpoint has, by their names in the block."""
-        return [pair for pair in self.block.named_parameters() if f"{self.prefix}.{pair[0]}" in self.stored]
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """Those that the checkpoint has, by their names in the block, and the buffers that it has."""
+        every = (*self.block.named_parameters(), *self.block.named_buffers())
+        return [pair for pair in every if f"{self.prefix}.{pair[0]}" in self.stored]
 
     def dtype(self, name: str) -> torch.dtype:
         """In which a parameter is stored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmc.algorithms import Statistics, new_statistics
+from llmc.algorithms import new_statistics
 from llmc.stream.activations import Stream
 from llmc.stream.calls import record
-from llmc.stream.stages import BlockRun, HeldCalls, Stage, propagate, run_replayed, run_staged, run_together
+from llmc.stream.stages import BlockRun, Observed, Stage, propagate, run_replayed, run_staged, run_together
 
 CPU = torch.device("cpu")
 RUNNERS = [run_staged, run_replayed]
@@ -37,7 +38,8 @@ class Work:
     means: list[Tensor] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
 
-    def solve(self, index: int, statistics: Statistics, calls: HeldCalls) -> None:
+    def solve(self, index: int, observed: Sequence[Observed]) -> None:
+        statistics = observed[0].statistics
         assert index == len(self.grams)
         self.grams.append(statistics.gram.matrix.clone())
         self.means.append(statistics.abs_mean.mean)
@@ -45,7 +47,7 @@ class Work:
         self.round(index)
 
     def round(self, index: int) -> None:
-        for linear in self.stages[index].linears:
+        for linear in self.stages[index].watched:
             linear.weight.data = (linear.weight.data * 8).round() / 8
 
     @property
@@ -131,7 +133,7 @@ def test_a_later_subset_sees_the_changed_weights_of_the_earlier_ones(tiny, make,
 def input_gram(work: Work, index: int) -> Tensor:
     stage = work.stages[index]
     statistics = stage.new_statistics()
-    hook = stage.linears[0].register_forward_pre_hook(lambda _, args: statistics.update(args[0]))
+    hook = stage.watched[0].register_forward_pre_hook(lambda _, args: statistics.update(args[0]))
     for batch in range(len(work.run.inputs)):
         work.run.forward(batch)
     hook.remove()
@@ -151,8 +153,8 @@ def test_held_calls_reproduce_the_output_of_the_inspected_module(tiny, make, run
     work = make(tiny)
     compared = []
 
-    def solve(index: int, statistics: Statistics, calls: HeldCalls) -> None:
-        inspected = work.stages[index].inspect
+    def solve(index: int, observed: Sequence[Observed]) -> None:
+        inspected, calls = work.stages[index].inspect, observed[0].calls
         assert calls.module is inspected
         assert len(calls) == len(work.run.inputs)
         compared.append(equal([calls.output(batch) for batch in range(len(calls))], outputs_of(make(tiny), index)))
@@ -175,14 +177,15 @@ def outputs_of(work: Work, index: int) -> list[Tensor]:
 def test_held_calls_follow_the_weights_and_disturb_neither_statistics_nor_outputs(llama, make, runner):
     searching, plain = make(llama), make(llama)
 
-    def solve(index: int, statistics: Statistics, calls: HeldCalls) -> None:
-        first = searching.stages[index].linears[0]
+    def solve(index: int, observed: Sequence[Observed]) -> None:
+        first = searching.stages[index].watched[0]
+        calls = observed[0].calls
         before, kept = calls.output(1), first.weight.data
         first.weight.data = kept * 2
         assert not torch.equal(calls.output(1), before)
         first.weight.data = kept
         assert torch.equal(calls.output(1), before)
-        searching.solve(index, statistics, calls)
+        searching.solve(index, observed)
 
     runner(searching.run, searching.stages, solve, keep=True)
     runner(plain.run, plain.stages, plain.solve, keep=True)
@@ -197,14 +200,14 @@ def test_together_sees_the_unchanged_block_and_keeps_its_outputs(tiny, make):
     run_together(work.run, work.stages, work.solve, keep=True)
     assert equal(work.grams, expected)
     assert equal(work.hidden, plain.hidden)
-    assert not torch.equal(work.stages[0].linears[0].weight, plain.stages[0].linears[0].weight)
+    assert not torch.equal(work.stages[0].watched[0].weight, plain.stages[0].watched[0].weight)
 
 
 @pytest.mark.parametrize("runner", [*RUNNERS, run_together])
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_last_linear_is_computed_only_for_outputs_that_are_kept(tiny, make, runner, keep):
     work, computed = make(tiny), []
-    work.stages[-1].linears[-1].register_forward_hook(lambda *_: computed.append(True))
+    work.stages[-1].watched[-1].register_forward_hook(lambda *_: computed.append(True))
     runner(work.run, work.stages, work.solve, keep=keep)
     assert len(work.grams) == len(work.stages)
     assert len(computed) == keep * len(work.run.inputs)
@@ -224,7 +227,7 @@ def test_an_exception_in_solve_comes_through_and_leaves_nothing(llama, make, run
     work, before = make(llama), live_greenlets()
     inputs = work.hidden
 
-    def solve(index: int, statistics: Statistics, calls: HeldCalls) -> None:
+    def solve(index: int, observed: Sequence[Observed]) -> None:
         if index == failing:
             raise KeyError("singular")
         work.round(index)

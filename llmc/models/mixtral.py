@@ -1,0 +1,19 @@
+"""Mixtral: Mistral's attention, a mixture of experts behind it."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from .adapter import ModelAdapter, Subset
+from .experts import experts_of, mixture_subsets
+from .llama import attention, residual
+
+
+def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
+    """Experts and router read the second norm."""
+    mixture = mixture_subsets(experts_of(block, "mlp.experts"), prev="post_attention_layernorm")
+    return (*attention(), *mixture)
+
+
+MIXTRAL = ModelAdapter("Mixtral", ("mixtral",), "model.layers", ("model.norm", "lm_head"), subsets, residual=residual)

@@ -1,0 +1,43 @@
+"""Tiny mixtures of experts of every family."""
+
+from __future__ import annotations
+
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
+
+SHAPE = {"vocab_size": 208, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+COMMON = {**SHAPE, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SHARED = {**ROUTED, "shared_expert_intermediate_size": 96}
+LATENT = {
+    **COMMON,
+    **ROUTED,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+LINEAR = {f"linear_{name}": 16 for name in ("key_head_dim", "value_head_dim")}
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 8}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2-moe": Qwen2MoeConfig(**COMMON, **SHARED, num_experts=4, mlp_only_layers=[0]),
+    "qwen3-moe": Qwen3MoeConfig(**COMMON, **ROUTED, num_experts=4, head_dim=16),
+    "qwen3-next": Qwen3NextConfig(
+        **COMMON, **SHARED, **LINEAR, num_experts=4, head_dim=16, layer_types=["linear_attention", "full_attention"]
+    ),
+    "deepseek-v2": DeepseekV2Config(**LATENT, q_lora_rank=None, topk_method="greedy"),
+    "deepseek-v3": DeepseekV3Config(**LATENT, q_lora_rank=32, n_group=2, topk_group=1),
+}
