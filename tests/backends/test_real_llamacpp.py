@@ -12,11 +12,18 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from cases import write_pieces
+from cases import words, write_pieces, write_tokenizer
 from llamacpp_oracle import LlamaCppJob, llamacpp_python, run_llamacpp
 from real import real_model, text
 from test_gguf_models import CONFIGS, LLAMA3, SHAPE
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 import llmc
 from llmc.export import Source
@@ -71,6 +78,16 @@ def test_llama_cpp_computes_the_evaluated_model(name, ids, tmp_path):
         assert any(word in result.text for word in ("Paris", "France", "French", "city"))
 
 
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Random weights, also in norms and biases."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return model
+
+
 ROPES = {
     "llama 3.1": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "linear": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
@@ -85,11 +102,7 @@ def test_llama_cpp_computes_every_architecture_as_transformers_does(kind, tmp_pa
     folder = tmp_path / "tiny"
     folder.mkdir()
     write_pieces(folder)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    model = random_model(config)
     model.save_pretrained(folder)
     write_gguf([folder / "model.safetensors"], Source(folder, config.to_dict()), folder / "model.gguf")
     ids = torch.randint(3, 190, (1, 60), generator=torch.Generator().manual_seed(1))
@@ -97,3 +110,38 @@ def test_llama_cpp_computes_every_architecture_as_transformers_does(kind, tmp_pa
     with torch.no_grad():
         expected = float(model(ids, labels=ids).loss)
     assert result.nll[0] == pytest.approx(expected, abs=5e-4)  # llama.cpp's cache is float16
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_llama_cpp_computes_runs_of_families_with_tensors_of_their_own(kind, tmp_path):
+    config = copy.deepcopy(CONFIGS[kind])
+    config.vocab_size = 208
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    write_pieces(folder)
+    random_model(config).to(torch.bfloat16).save_pretrained(folder)
+    write_tokenizer(folder)
+    (tmp_path / "calib.txt").write_text(words(1500, seed=1))
+    content = {
+        "base": {"device": "cpu"},
+        "model": {"path": str(folder), "torch_dtype": "float32"},
+        "calib": {
+            "name": "custom_txt",
+            "path": str(tmp_path / "calib.txt"),
+            "n_samples": 8,
+            "seq_len": 48,
+            "preproc": "random_truncate_txt",
+        },
+        "quant": {"method": "GPTQ", "weight": {"bit": 4, "symmetric": True, **GROUP}},
+        "save": {"save_llamacpp": True, "save_fake": True, "save_path": str(tmp_path / "run")},
+    }
+    llmc.compress(content)
+    file = tmp_path / "run" / "llamacpp_quant_model" / "model.gguf"
+    types = {one.name: one.tensor_type.name for one in gguf.GGUFReader(file).tensors}
+    assert {types[name] for name in types if "_proj" in name or "ffn_down" in name} == {"Q4_0"}
+    ids = torch.randint(3, 190, (1, 60), generator=torch.Generator().manual_seed(1))
+    (result,) = run_llamacpp([LlamaCppJob(str(file), ids.tolist())], llamacpp_python())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "fake_quant_model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = float(model(ids, labels=ids).loss)
+    assert result.nll[0] == pytest.approx(expected, rel=1e-2)  # its products have inputs in 8 bits

@@ -50,7 +50,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=3),
-    "qwen2_moe": Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=48),
+    "qwen2_moe": Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=64),
     "qwen3_moe": Qwen3MoeConfig(**EXPERTS, head_dim=32, norm_topk_prob=True),
     "gemma2": Gemma2Config(**SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=32),
     "gemma3_text": Gemma3TextConfig(**SHAPE, head_dim=16, query_pre_attn_scalar=16, sliding_window=32),
@@ -118,7 +118,7 @@ def test_the_numbers_are_the_models():
     keys = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
     for kind, expected in {
         "mixtral": [3, 2, None, None],
-        "qwen2_moe": [3, 2, 32, 48],
+        "qwen2_moe": [3, 2, 32, 64],
         "qwen3_moe": [3, 2, 32, None],
     }.items():
         moe = fields_of(CONFIGS[kind].to_dict())
