@@ -18,7 +18,7 @@ from .config.suggest import did_you_mean
 from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, check_shard
 from .models import BlockSelection
-from .models.experts import in_solving_order
+from .models.mixture import in_solving_order
 from .plan import original_bytes
 from .prepare import Prepared, check_exporters, prepare, source_of
 from .quant import InputRange, KvRanges, QuantSpec, QWeight, Scheme, UnitRecord, cache_scales

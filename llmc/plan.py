@@ -204,7 +204,7 @@ def make_estimate(
     kept = max(calib_tokens * streams[0] + eval_tokens * streams[1], calib_tokens * surveyed) * width * size
     widest = max((layer.columns for layer in layers), default=width)
     held = calib_tokens * (3 * width + widest) * size if streams[0] else 0
-    block = max(elements[block_unit(index)] for index in range(len(skeleton.blocks))) * size
+    block = largest_block(skeleton, entries)
     ahead = max(unit_bytes.values())
     gram = 3 * widest * widest * 4 if streams[0] else 0
     exact = 2 * 8 * max((layer.rows * layer.columns for layer in layers), default=0) if changed_at_load else 0
@@ -219,6 +219,13 @@ def make_estimate(
     )
     host = _RUNTIME + 2 * ahead + kept + (0 if on_device else working)
     return Estimate(read, written + 2 * kept, held, kept, host, working if on_device else 0)
+
+
+def largest_block(skeleton: Skeleton, entries: Mapping[str, TensorEntry]) -> int:
+    """Bytes of the largest block's weights in the computing dtype."""
+    size: int = skeleton.model.dtype.itemsize
+    units = (skeleton.units[block_unit(index)] for index in range(len(skeleton.blocks)))
+    return size * max(sum(math.prod(entries[name].shape) for name in names) for names in units)
 
 
 def stored_dtype(entries: Mapping[str, TensorEntry], layers: list[Layer]) -> torch.dtype:

@@ -17,8 +17,9 @@ from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer, Source
 from .models import Heads, ModelAdapter, Subset, check_reorderable, find_adapter, residual_of
+from .models.experts import HostMemory
 from .models.locate import locate_checkpoint
-from .plan import Estimate, make_estimate, make_layers, stored_dtype
+from .plan import Estimate, largest_block, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
 from .stream.attention import check_attention
 from .stream.headers import TensorEntry, read_headers
@@ -118,6 +119,8 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         device=device,
         trust_remote_code=trust,
     )
+    if experts_on_host(config, skeleton, entries, device):
+        skeleton.keep_experts(HostMemory(device))
     subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
     heads = adapter.heads(model_config.get_text_config())
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
@@ -168,6 +171,15 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         estimate,
         frame,
     )
+
+
+def experts_on_host(
+    config: Config, skeleton: Skeleton, entries: Mapping[str, TensorEntry], device: torch.device
+) -> bool:
+    """Whether the experts of a block are to stay in the host's memory, from where they visit the device."""
+    if config.base.experts != "auto" or device.type != "cuda":
+        return config.base.experts == "host" and device.type != "cpu"
+    return 2 * largest_block(skeleton, entries) > torch.cuda.mem_get_info(device)[0]
 
 
 def _frame(

@@ -43,7 +43,7 @@ from .surveying import host_memory, kept_layers, survey
 from .translate import mixed_schemes
 from .workspace import Workspace, tokens_digest
 
-_TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward")  # of base: no influence on the result
+_TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward", "experts")  # of base: no influence on the result
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ class BaseConfig(Section):
     host_memory_gb: float | None = Field(None, gt=0, description="Activations above it are memory-mapped; None: auto.")
     checkpoint_every: int = Field(5, ge=1, description="Activations are saved every so many blocks, to resume from.")
     threads: int | None = Field(None, ge=1, description="Number of CPU threads; None leaves the choice to torch.")
+    experts: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="Where a mixture's experts are while nobody needs them; auto: on the host, if a block would take "
+        "more than half of the device's free memory.",
+    )
     forward: Literal["auto", "staged", "replay"] = Field("auto", description="Forwards of a block: one, or a second.")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from .adapter import Heads, ModelAdapter, Subset
-from .experts import experts_of, mixture_subsets
 from .llama import feed_forward, residual
+from .mixture import experts_of, mixture_subsets
 
 _OUT = "self_attn.o_proj"
 _LATENT = "self_attn.kv_b_proj"

@@ -3,14 +3,13 @@ could read one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from .adapter import Subset
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,29 @@ class RoutedInputs:
     of: Callable[[int], Tensor]
     tokens: Callable[[int], int]
     common: bool = False
+
+
+class HostMemory:
+    """Keeps weights in the host's memory while nobody needs them: for a block that is too large for the device.
+
+    Args:
+        device: where the tokens are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight is there."""
+        return weight.device != self._device
+
+    def fetch(self, weight: Tensor) -> Tensor:
+        """A weight where the tokens are."""
+        return weight.to(self._device, non_blocking=True)
+
+    def store(self, weight: Tensor) -> Tensor:
+        """The way back."""
+        return weight.cpu()
 
 
 class Port(nn.Module):
@@ -49,14 +71,16 @@ class LinearExperts(nn.Module):
     """Computes what the module that it replaces does, by the same operations in the same order, one expert at a time.
 
     All inputs of the first Linears are known when ``entrance`` is called, all those of the last when ``between`` is.
-    The weights may be on another device than the tokens: they are then moved there one expert at a time.
 
     Args:
         fused: an experts module of Transformers with ``gate_up_proj`` and ``down_proj`` of all experts.
 
     Attributes:
         all_tokens: whether the ports show all tokens to every expert, whether or not they are routed to it.
+        home: where the weights are while nobody needs them; None: with the tokens. They visit one expert at a time.
     """
+
+    home: HostMemory | None = None
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
@@ -85,7 +109,8 @@ class LinearExperts(nn.Module):
         result = torch.zeros_like(hidden_states)
         for index, (tokens, slots) in enumerate(routes):
             if len(tokens):
-                output = self.expert(index).down_proj(products[index])
+                with self.visit(index):
+                    output = self.expert(index).down_proj(products[index])
                 output = output * top_k_weights[tokens, slots, None]
                 result.index_add_(0, tokens, output.to(result.dtype))
         return result
@@ -112,8 +137,41 @@ class LinearExperts(nn.Module):
     def inner(self, index: int, inputs: Tensor) -> Tensor:
         """What the last Linear of an expert reads, ``[tokens, inner]``, given its first ones' input."""
         expert = self.expert(index)
-        activated: Tensor = self._activate(expert.gate_proj(inputs), expert.up_proj(inputs))
-        return activated
+        with self.visit(index):
+            return self._activate(expert.gate_proj(inputs), expert.up_proj(inputs))
+
+    @contextmanager
+    def visit(self, index: int) -> Iterator[None]:
+        """Within the context an expert's weights are where the tokens are; they don't change meanwhile."""
+        home = self.home
+        if home is None:
+            yield
+            return
+        held = [(one, one.data) for one in self.expert(index).parameters() if home.holds(one.data)]
+        for parameter, data in held:
+            parameter.data = home.fetch(data)
+        try:
+            yield
+        finally:
+            for parameter, data in held:
+                parameter.data = data
+
+    @contextmanager
+    def work_on(self, linears: Iterable[nn.Module]) -> Iterator[None]:
+        """Within the context some Linears' weights are where the tokens are; what they then are goes back."""
+        home = self.home
+        if home is None:
+            yield
+            return
+        every = {id(one): one for linear in linears for one in linear.parameters(recurse=False)}
+        fetched = [one for one in every.values() if home.holds(one.data)]
+        for parameter in fetched:
+            parameter.data = home.fetch(parameter.data)
+        try:
+            yield
+        finally:
+            for parameter in fetched:
+                parameter.data = home.store(parameter.data)
 
 
 class StackedExperts(LinearExperts):
@@ -128,7 +186,8 @@ class StackedExperts(LinearExperts):
         result = torch.zeros_like(hidden_states)
         for index, rows in enumerate(flat):
             if len(rows):
-                result[rows] = self.expert(index).down_proj(products[index])
+                with self.visit(index):
+                    result[rows] = self.expert(index).down_proj(products[index])
         return result
 
 
@@ -161,113 +220,3 @@ def linearize_experts(model: nn.Module) -> list[str]:
             model.set_submodule(name, LinearExperts(module) if routed else StackedExperts(module))
             found.append(name)
     return found
-
-
-def experts_of(block: nn.Module, path: str) -> int:
-    """How many experts the module ``path`` of a block holds; 0 if there is no such module."""
-    experts = dict(block.named_modules()).get(path)
-    return experts.count if isinstance(experts, LinearExperts) else 0
-
-
-def mixture_subsets(
-    experts: int,
-    *,
-    prev: str | None,
-    mlp: str = "mlp",
-    also: tuple[str, ...] = ("mlp.gate",),
-    shared: str | None = None,
-    shared_first: bool = False,
-    offset: float = 0.0,
-    up_passes: bool = True,
-) -> tuple[Subset, ...]:
-    """The subsets of a mixture of gated feed-forward parts: the first Linears of all, then the last ones.
-
-    Args:
-        experts: how many.
-        prev: the norm in front.
-        mlp: the module of the whole mixture.
-        also: the router, and what else reads the norm's output.
-        shared: the module of the shared expert, if there is one.
-        shared_first: whether it is run before the others.
-        offset: what the norm adds to its weight.
-        up_passes: whether a scale of an expert's last input passes what stands between it and ``up``.
-    """
-    path = f"{mlp}.experts"
-    gated = [f"{path}.{index}" for index in range(experts)] + ([shared] if shared else [])
-    first = tuple(f"{name}.{leaf}" for name in gated for leaf in ("gate_proj", "up_proj"))
-    pairs = tuple((f"{name}.gate_proj", f"{name}.up_proj") for name in gated)
-    last = [
-        Subset(
-            tuple(f"{path}.{index}.down_proj" for index in range(experts)),
-            f"{path}.*.up_proj" if up_passes else None,
-            f"{path}.*.down_proj",
-            reads="ffn",
-            writes="residual",
-            fused=tuple((f"{path}.{index}.down_proj",) for index in range(experts)),
-            experts=path,
-        )
-    ]
-    if shared:
-        down = f"{shared}.down_proj"
-        own = Subset((down,), f"{shared}.up_proj", down, reads="ffn", writes="residual")
-        last.insert(0 if shared_first else 1, own)
-    return (
-        Subset(first, prev, mlp, writes="ffn", also=also, offset=offset, fused=pairs, experts=path),
-        *last,
-    )
-
-
-def split(subset: Subset) -> tuple[Subset, ...]:
-    """Each expert's share of a subset of experts as a subset of its own, in their order."""
-    if subset.experts is None:
-        return (subset,)
-    found = []
-    for names in subset.parts:
-        expert = names[0].removeprefix(f"{subset.experts}.").partition(".")[0]
-        prev = None if subset.prev is None else subset.prev.replace("*", expert)
-        inspect = names[0] if len(names) == 1 else names[0].rpartition(".")[0]
-        found.append(
-            Subset(names, prev, inspect, subset.reads, subset.writes, offset=subset.offset, fused=subset.fused)
-        )
-    return tuple(found)
-
-
-def in_solving_order(subsets: Sequence[Subset]) -> tuple[Subset, ...]:
-    """The subsets as whoever looks at each expert's tokens meets them: what a shared expert and the routed ones read
-    together is parted, each part right before its own last Linears."""
-    found: list[Subset] = []
-    waiting: dict[str, Subset] = {}
-    for subset in subsets:
-        if subset.experts is not None and any(not _is_routed(subset, name) for name in subset.linears):
-            waiting |= _parted(subset)
-        else:
-            owner = "*" if subset.experts is not None else subset.linears[0].rpartition(".")[0]
-            if subset.reads == "ffn" and owner in waiting:
-                found.append(waiting.pop(owner))
-            found.append(subset)
-    return (*found, *waiting.values())
-
-
-def _parted(subset: Subset) -> dict[str, Subset]:
-    """The routed experts' part under ``*``, others' under the name of the module that they are of."""
-    groups: dict[str, list[str]] = {}
-    for name in subset.linears:
-        groups.setdefault("*" if _is_routed(subset, name) else name.rpartition(".")[0], []).append(name)
-    return {
-        owner: Subset(
-            tuple(names),
-            subset.prev,
-            subset.inspect,
-            subset.reads,
-            subset.writes,
-            also=subset.also,
-            offset=subset.offset,
-            fused=subset.fused,
-            experts=subset.experts if owner == "*" else None,
-        )
-        for owner, names in groups.items()
-    }
-
-
-def _is_routed(subset: Subset, name: str) -> bool:
-    return name.startswith(f"{subset.experts}.")

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .adapter import ModelAdapter, Subset
-from .experts import experts_of, mixture_subsets
 from .llama import attention, residual
+from .mixture import experts_of, mixture_subsets
 
 
 def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:

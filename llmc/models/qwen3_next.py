@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 
 from ..errors import ModelError
 from .adapter import ModelAdapter, Residual, Subset
-from .experts import experts_of, mixture_subsets
 from .llama import attention, feed_forward
+from .mixture import experts_of, mixture_subsets
 
 _NORM = "post_attention_layernorm"
 _INPUTS = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba")

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .adapter import ModelAdapter, Subset
-from .experts import experts_of, mixture_subsets
 from .llama import attention, feed_forward, residual
+from .mixture import experts_of, mixture_subsets
 
 _NORM = "post_attention_layernorm"
 _SHARED = "mlp.shared_expert"

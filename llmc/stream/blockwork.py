@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -187,7 +187,8 @@ class BlockWork:
         if step.algorithm.kind == "quantizer":
             run = compressed if step.needs.compressed_stream else original
             if step.algorithm.learns:
-                self._learn(step, run, original)
+                with self._working_on(self.block.modules()):
+                    self._learn(step, run, original)
                 self._phase(step, None, keep=False)
                 self._flush(original)
                 return False
@@ -222,8 +223,9 @@ class BlockWork:
             unit = units[position]
             seen = [(one, *self._enough(one, unit, step)) for one in observed]
             own = [self._view(unit.parts[one.part], statistics, one.calls) for one, statistics, _ in seen]
+            linears = [linear for view in own for linear in view.linears.values()]
             # A search makes many small copies, again and again; others a few large ones, once.
-            with nullcontext() if searching else unheaped():
+            with nullcontext() if searching else unheaped(), self._working_on(linears):
                 step.algorithm.solve(own)
                 for view, (one, _, why) in zip(own, seen, strict=True):
                     if unit.experts:
@@ -308,6 +310,17 @@ class BlockWork:
             ranged=act is not None and act.observer is not None,
             modules=tuple(self._linear(part.linears[0]) for part in unit.parts) if searching and unit.experts else (),
         )
+
+    @contextmanager
+    def _working_on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Within the context the weights of those modules that are experts' are on the device, and may change."""
+        wanted = list(modules)
+        with ExitStack() as stack:
+            for experts in self.block.modules():
+                if isinstance(experts, LinearExperts):
+                    own = set(experts.modules())
+                    stack.enter_context(experts.work_on([module for module in wanted if module in own]))
+            yield
 
     def _enough(self, one: Observed, unit: Unit, step: Step) -> tuple[Statistics, str | None]:
         """The statistics to solve a part with, and why they aren't its own: an expert that few tokens reach is solved
@@ -398,10 +411,11 @@ class BlockWork:
             return
         scale, rule = view.scale
         linears, prev = list(view.linears.values()), view.subset.prev
-        if view.shift is not None:
-            fold_shift(view.prev, linears, view.shift, self.weights.dtype(f"{prev}.bias"))
         readers = [*linears, *map(self.block.get_submodule, view.subset.also)]
-        fold_scale(view.prev, readers, scale, rule, self.weights.dtype(f"{prev}.weight"))
+        with self._working_on([view.prev, *readers]):
+            if view.shift is not None:
+                fold_shift(view.prev, linears, view.shift, self.weights.dtype(f"{prev}.bias"))
+            fold_scale(view.prev, readers, scale, rule, self.weights.dtype(f"{prev}.weight"))
         self.scales[view.subset.key] = [float(scale.min()), float(scale.max())]
 
     def _store_plain(self) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..models import Subset
-from ..models.experts import LinearExperts, in_solving_order, split
+from ..models.experts import LinearExperts
+from ..models.mixture import in_solving_order, split
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
-from ..models.experts import linearize_experts
+from ..models.experts import HostMemory, LinearExperts, linearize_experts
 from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
@@ -173,6 +173,7 @@ class Skeleton:
         if wrong:
             raise ModelError(f"parameter {wrong[0]} insists on another dtype than {dtype}", "set model.torch_dtype")
         self._device = device
+        self._home: HostMemory | None = None
         for module in self.model.modules():
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
@@ -257,6 +258,14 @@ class Skeleton:
         if problems:
             raise CheckpointError(f"transformers could not load {problems[0]}", "is the checkpoint complete?")
 
+    def keep_experts(self, home: HostMemory) -> None:
+        """Load experts to where they are to be while nobody needs them."""
+        self._home = home
+        for path in self._experts:
+            experts = self.model.get_submodule(path)
+            if isinstance(experts, LinearExperts):
+                experts.home = home
+
     def _of_expert(self, parameter: str) -> bool:
         """Whether it's a parameter that Transformers doesn't know, since it keeps all experts' in one."""
         return any(parameter.startswith(f"{path}.") for path in self._experts)
@@ -269,7 +278,8 @@ class Skeleton:
             raise CheckpointError(
                 f"{name}: the shape doesn't fit config.json", "do config.json and the weights belong together?"
             )
-        placed = tensor.to(self._device, self.model.dtype)
+        placed = tensor.to(self.model.dtype)
+        placed = placed.to(self._device) if self._home is None else self._home.store(placed)
         module._parameters[leaf] = nn.Parameter(placed, requires_grad=False)
 
     def release(self, module: nn.Module) -> None:
