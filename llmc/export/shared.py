@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -10,19 +11,37 @@ from ..errors import ExportError
 from ..quant import Fp8Grid, KvSpec
 from .base import Layer
 
+_EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
+
 
 def check_fused(layers: Sequence[Layer], backend: str) -> None:
-    """Refuse different schemes in Linears that a backend runs as one.
+    """Refuse different schemes in Linears that a backend runs as one, and in the experts of a layer.
 
     Raises:
         ExportError: names two of them.
     """
+    _check_experts(layers, backend)
     by_name = {layer.name: layer for layer in layers}
     for layer in layers:
         differing = [name for name in layer.fused if by_name[name].scheme != layer.scheme]
         if differing:
             raise ExportError(
                 f"{backend} fuses {', '.join(layer.fused)}, but {layer.name} and {differing[0]} have different schemes",
+                "quantize them alike, or ignore them together (quant.mix_bits, ignored_layers)",
+            )
+
+
+def _check_experts(layers: Sequence[Layer], backend: str) -> None:
+    """One kernel computes all experts of a layer."""
+    first: dict[str, Layer] = {}
+    for layer in layers:
+        found = _EXPERT.match(layer.name)
+        if found is None:
+            continue
+        other = first.setdefault(found[1], layer)
+        if other.scheme != layer.scheme:
+            raise ExportError(
+                f"{backend} has one scheme for all experts of a layer, but those of {other.name} and {layer.name} differ",
                 "quantize them alike, or ignore them together (quant.mix_bits, ignored_layers)",
             )
 

@@ -32,6 +32,7 @@ from ..quant import (
     InputRange,
     InputSquares,
     KvRanges,
+    QuantSpec,
     QWeight,
     Scheme,
     UnitRecord,
@@ -344,9 +345,7 @@ class BlockWork:
         sparsity = {name: share for name, share in shares.items() if share is not None}
         schemes = self._schemes_of(subset)
         specs = {name: scheme.weight for name, scheme in schemes.items() if scheme.weight is not None}
-        # Linears that are run as one share NVFP4's global scale.
-        weights = [self._linear(name).weight.detach() for name in specs]
-        specs = {name: bind_global_scale(spec, weights) for name, spec in specs.items()}
+        specs = {name: self._bound(spec, name, subset, specs) for name, spec in specs.items()}
         return SubsetView(
             subset=subset,
             linears={name: self._linear(name) for name in subset.linears},
@@ -363,6 +362,11 @@ class BlockWork:
             clustered=self.context.recipe.clustered,
             attention=None if self.clustered is None else self.clustered.watched,
         )
+
+    def _bound(self, spec: QuantSpec, name: str, subset: Subset, specs: Mapping[str, QuantSpec]) -> QuantSpec:
+        """Linears that backends run as one share a global scale, as NVFP4's."""
+        weights = [self._linear(other).weight.detach() for other in subset.fused_with(name) if other in specs]
+        return bind_global_scale(spec, weights)
 
     def _schemes_of(self, subset: Subset) -> dict[str, Scheme]:
         return {name: self._scheme_of(name) for name in subset.linears}

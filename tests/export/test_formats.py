@@ -271,3 +271,22 @@ def test_side_files_are_copied_byte_for_byte_weights_and_configs_are_not(tmp_pat
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
         name: name.encode() + b"\r\n\xff" for name in kept
     }
+
+
+@pytest.mark.parametrize("kind", ["same", "another expert", "another layer"])
+def test_vllm_wants_one_scheme_for_all_experts_of_a_layer(kind):
+    places = [(0, 0), (0, 1), (1, 0)]
+    wide = {"same": None, "another expert": (0, 1), "another layer": (1, 0)}[kind]
+    specs = {place: replace(SYM4, bits=8) if place == wide else SYM4 for place in places}
+    found = []
+    for (layer, expert), spec in specs.items():
+        for linear in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{linear}"
+            found.append(Layer(name, 64, 256, spec, (name,)))
+    if kind != "another expert":
+        exporter(VLLM).check(found)
+        return
+    with pytest.raises(
+        ExportError, match=r"one scheme for all experts .* experts\.0\.gate_proj and .*experts\.1\.gate"
+    ):
+        exporter(VLLM).check(found)
