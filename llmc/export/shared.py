@@ -41,7 +41,7 @@ def _check_experts(layers: Sequence[Layer], backend: str) -> None:
         other = first.setdefault(found[1], layer)
         if other.scheme != layer.scheme:
             raise ExportError(
-                f"{backend} has one scheme for all experts of a layer, but those of {other.name} and {layer.name} differ",
+                f"{backend} has one scheme for all experts of a layer: those of {other.name} and {layer.name} differ",
                 "quantize them alike, or ignore them together (quant.mix_bits, ignored_layers)",
             )
 
