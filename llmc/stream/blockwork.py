@@ -15,7 +15,6 @@ from ..algorithms import (
     BlockView,
     ClipRatios,
     Frame,
-    InspectCalls,
     LayerNote,
     Online,
     Recipe,
@@ -23,32 +22,26 @@ from ..algorithms import (
     Step,
     SubsetView,
     TuneNote,
-    new_statistics,
 )
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..models.experts import LinearExperts
 from ..quant import (
-    ActSpec,
     InputRange,
     InputSquares,
     KvRanges,
-    QuantSpec,
     QWeight,
-    Scheme,
     UnitRecord,
-    bind_global_scale,
     cache_scales,
 )
+from .block_subsets import BlockSubsets, Findings
 from .clustered import ClusteredBlock
 from .inputs import BlockInputs, Readers
 from .memory import trim_heap, unheaped
-from .parts import Unit, solved_units, transformed_units, watched_modules
+from .parts import solved_units, transformed_units
 from .squares import observe_squares
-from .stages import BlockRun, Observed, Stage, propagate, run_replayed, run_staged, run_together
+from .stages import BlockRun, Observed, propagate, run_replayed, run_staged, run_together
 from .stored import StoredBlock
 from .training import LearningCalls, repeatable
-
-_TOGETHER = 2**30  # bytes of Gram matrices of experts that are solved together
 
 
 @dataclass(frozen=True)
@@ -108,19 +101,22 @@ class BlockWork:
     def __post_init__(self) -> None:
         self.weights = StoredBlock(self.block, self.prefix, self.stored)
         recipe = self.context.recipe
+        shared = self.context
+        self._own = BlockSubsets(
+            recipe, self.index, self.block, self.prefix, shared.heads, shared.online, shared.device
+        )
         self._solved = solved_units(self.subsets)
         for module in self.block.modules():
             if isinstance(module, LinearExperts):
                 module.all_tokens = recipe.experts.all_tokens
         readers: dict[str, Readers] = {}
         for unit in self._solved if recipe.steps else ():
-            schemes = self._schemes_of(unit.subset)
-            act = _act_of(schemes)
+            schemes, act = self._own.schemes_of(unit.subset), self._own.act_of(unit.subset)
             if act is not None:
-                rounding = [self._linear(name) for name, scheme in schemes.items() if scheme.act is not None]
+                rounding = [self._own.linear(name) for name, scheme in schemes.items() if scheme.act is not None]
                 readers[unit.subset.key] = Readers(act, rounding, -(-len(rounding) // len(unit.parts)))
         rotated = [
-            (self._linear(name), rotation)
+            (self._own.linear(name), rotation)
             for subset in self.subsets
             if (rotation := self.context.online.of_input(subset)) is not None
             for name in subset.linears
@@ -212,6 +208,10 @@ class BlockWork:
     def _data_steps(self) -> list[Step]:
         return [step for step in self.context.recipe.steps if step.needs.data]
 
+    @property
+    def _findings(self) -> Findings:
+        return Findings(self.clips, self.pruned, None if self.clustered is None else self.clustered.watched)
+
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
@@ -222,8 +222,11 @@ class BlockWork:
 
         def solve(position: int, observed: Sequence[Observed]) -> None:
             unit = units[position]
-            seen = [(one, *self._enough(one, unit, step)) for one in observed]
-            own = [self._view(unit.parts[one.part], statistics, one.calls) for one, statistics, _ in seen]
+            seen = [(one, *self._own.enough(one, unit, step.algorithm)) for one in observed]
+            own = [
+                self._own.view(unit.parts[one.part], statistics, one.calls, self._findings)
+                for one, statistics, _ in seen
+            ]
             linears = [linear for view in own for linear in view.linears.values()]
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if searching else unheaped(), self._working_on(linears):
@@ -245,7 +248,7 @@ class BlockWork:
             for position, unit in enumerate(units):
                 solve(position, [Observed(part, Statistics(), None) for part in range(len(unit.parts))])
         else:
-            stages = [self._stage(unit, step, searching=searching) for unit in units]
+            stages = [self._own.stage(unit, step.algorithm, searching=searching) for unit in units]
             with ExitStack() as stack:
                 if self.clustered is not None and step.algorithm.clusters:
                     stack.enter_context(self.clustered.watching())
@@ -267,7 +270,7 @@ class BlockWork:
         pending = self._pending
         targets = partial(original.inputs.load, device=run.device) if pending is None else pending.__getitem__
         units = transformed_units(self.subsets)
-        parts = [[self._view(part, Statistics(), None) for part in unit.parts] for unit in units]
+        parts = [[self._own.view(part, Statistics(), None, self._findings) for part in unit.parts] for unit in units]
         views = [view for own in parts for view in own]
         if not any(view.specs for view in views):
             return  # the whole block is to stay as it is
@@ -277,7 +280,7 @@ class BlockWork:
                 for one in observed:
                     parts[position][one.part].stats = one.statistics
 
-            stages = [self._stage(unit, step, searching=False) for unit in units]
+            stages = [self._own.stage(unit, step.algorithm, searching=False) for unit in units]
             run_together(run, stages, look, keep=False)
         weights = {name: parameter.data for name, parameter in self.block.named_parameters()}
         transformed = any(one.algorithm.kind == "transform" for one in self.context.recipe.in_block)
@@ -293,25 +296,6 @@ class BlockWork:
             return run_together
         return run_replayed if self.context.forward == "replay" else run_staged
 
-    def _stage(self, unit: Unit, step: Step, *, searching: bool) -> Stage:
-        subset, wanted = unit.subset, step.algorithm.statistics
-        inspect = None
-        if searching and not unit.experts:
-            inspect = self.block.get_submodule(subset.inspect) if subset.inspect else self.block
-        columns = self._linear(subset.linears[0]).weight.shape[1]
-        act = None if searching else _act_of(self._schemes_of(subset))
-        return Stage(
-            watched_modules(self.block, unit),
-            inspect,
-            partial(new_statistics, wanted, columns, self.context.device, act),
-            self.context.online.of_input(subset),
-            experts=unit.experts,
-            together=max(1, _TOGETHER // (4 * columns**2)) if "gram" in wanted else len(unit.parts),
-            scarce=0 if searching else self.context.recipe.experts.enough(columns),
-            ranged=act is not None and act.observer is not None,
-            modules=tuple(self._linear(part.linears[0]) for part in unit.parts) if searching and unit.experts else (),
-        )
-
     @contextmanager
     def _working_on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Within the context the weights of those modules that are experts' are on the device, and may change."""
@@ -323,57 +307,6 @@ class BlockWork:
                     stack.enter_context(experts.work_on([module for module in wanted if module in own]))
             yield
 
-    def _enough(self, one: Observed, unit: Unit, step: Step) -> tuple[Statistics, str | None]:
-        """The statistics to solve a part with, and why they aren't its own: an expert that few tokens reach is solved
-        with those that reach any expert of its layer."""
-        if not unit.experts or step.algorithm.kind == "transform" or one.pooled is None:
-            return one.statistics, None
-        columns = self._linear(unit.subset.linears[0]).weight.shape[1]
-        if one.tokens >= self.context.recipe.experts.enough(columns):
-            return one.statistics, None
-        return one.pooled, f"{one.tokens} calibration tokens reach this expert: solved with those of all experts"
-
-    def _linear(self, name: str) -> nn.Linear:
-        module = self.block.get_submodule(name)
-        if not isinstance(module, nn.Linear):
-            raise TypeError(f"{self.prefix}.{name} is a {type(module).__name__}, not a Linear")
-        return module
-
-    def _view(self, subset: Subset, statistics: Statistics, calls: InspectCalls | None) -> SubsetView:
-        places = {name: (self.index, name, f"{self.prefix}.{name}") for name in subset.linears}
-        shares = {name: self.context.recipe.sparsity_of(*place) for name, place in places.items()}
-        sparsity = {name: share for name, share in shares.items() if share is not None}
-        schemes = self._schemes_of(subset)
-        specs = {name: scheme.weight for name, scheme in schemes.items() if scheme.weight is not None}
-        specs = {name: self._bound(spec, name, subset, specs) for name, spec in specs.items()}
-        return SubsetView(
-            subset=subset,
-            linears={name: self._linear(name) for name in subset.linears},
-            specs=specs,
-            prev=None if subset.prev is None else self.block.get_submodule(subset.prev),
-            heads=self.context.heads,
-            stats=statistics,
-            calls=calls,
-            clips=self.clips,
-            sparsity=sparsity,
-            pruned=self.pruned,
-            act=_act_of(schemes),
-            unrounded=frozenset(name for name in specs if schemes[name].act is None),
-            clustered=self.context.recipe.clustered,
-            attention=None if self.clustered is None else self.clustered.watched,
-        )
-
-    def _bound(self, spec: QuantSpec, name: str, subset: Subset, specs: Mapping[str, QuantSpec]) -> QuantSpec:
-        """Linears that backends run as one share a global scale, as NVFP4's."""
-        weights = [self._linear(other).weight.detach() for other in subset.fused_with(name) if other in specs]
-        return bind_global_scale(spec, weights)
-
-    def _schemes_of(self, subset: Subset) -> dict[str, Scheme]:
-        return {name: self._scheme_of(name) for name in subset.linears}
-
-    def _scheme_of(self, name: str) -> Scheme:
-        return self.context.recipe.scheme_of(self.index, name, f"{self.prefix}.{name}")
-
     def _accept(self, view: SubsetView) -> None:
         """Take over a subset's results. Compressed weights go live at once: a waiting batch goes on with them.
 
@@ -382,7 +315,7 @@ class BlockWork:
         """
         self.notes |= {name: note.behind(self.notes.get(name)) for name, note in view.notes.items()}
         for name, pruned in view.weights.items():
-            linear = self._linear(name)
+            linear = self._own.linear(name)
             # What no quantizer follows is stored like this: go on with what is written.
             final = name not in view.specs
             stored = self.weights.dtype(f"{name}.weight") if final else linear.weight.dtype
@@ -391,7 +324,7 @@ class BlockWork:
             self.clustered.take(view.subset, view.clusters)
         for name, weight in view.quantized.items():
             self.quantized[name] = weight
-            linear = self._linear(name)
+            linear = self._own.linear(name)
             linear.weight.data = weight.dequantize(linear.weight.dtype)
             if name in self.pruned and linear.weight.data[self.pruned[name]].any():
                 raise ValueError(f"{self.prefix}.{name}: the quantizer has revived pruned weights")
@@ -427,7 +360,7 @@ class BlockWork:
         for name, parameter in self.weights.parameters():
             owner = name.rpartition(".")[0]
             if (
-                self._scheme_of(owner).weight is None
+                self._own.scheme_of(owner).weight is None
                 or not name.endswith(".weight")
                 or not isinstance(self.block.get_submodule(owner), nn.Linear)
             ):
@@ -451,7 +384,7 @@ class BlockWork:
             self.weights.module(name): found[unit.subset.key]
             for unit in self._solved
             for name in unit.subset.linears
-            if unit.subset.key in found and self._scheme_of(name).act is not None
+            if unit.subset.key in found and self._own.scheme_of(name).act is not None
         }
 
     def _cache_scales(self) -> dict[str, Tensor]:
@@ -462,8 +395,3 @@ class BlockWork:
         linear = next(subset.linears[0] for subset in self.subsets if subset.reads == "heads")
         attention = self.weights.module(linear).rpartition(".")[0]
         return {f"{attention}.{name}": scale for name, scale in cache_scales(kv, self.ranges).items()}
-
-
-def _act_of(schemes: Mapping[str, Scheme]) -> ActSpec | None:
-    """How a subset's input is rounded, by those of its Linears that round it: they agree."""
-    return next((scheme.act for scheme in schemes.values() if scheme.act is not None), None)

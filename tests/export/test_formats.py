@@ -286,7 +286,5 @@ def test_vllm_wants_one_scheme_for_all_experts_of_a_layer(kind):
     if kind != "another expert":
         exporter(VLLM).check(found)
         return
-    with pytest.raises(
-        ExportError, match=r"one scheme for all experts .*experts\.0\.gate_proj and .*experts\.1\.gate"
-    ):
+    with pytest.raises(ExportError, match=r"one scheme for all experts .*experts\.0\.gate_proj and .*experts\.1\.gate"):
         exporter(VLLM).check(found)
