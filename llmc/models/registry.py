@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ..errors import ModelError
 from .adapter import ModelAdapter
+from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .opt import OPT
 from .qwen import QWEN2, QWEN3
 
-ADAPTERS: tuple[ModelAdapter, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OPT)
+ADAPTERS: tuple[ModelAdapter, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT2)
 
 
 def find_adapter(requested: str, model_type: str) -> ModelAdapter:
