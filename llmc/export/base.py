@@ -86,6 +86,10 @@ class OwnLayout(Protocol):
         """The stored tensor in which one lies."""
         ...
 
+    def transposes(self, name: str) -> bool:
+        """Whether loaders take the weight of the Linear of this name for ``[in, out]``."""
+        ...
+
 
 class Exporter:
     """Base of all formats. A new one is one file with a subclass, listed in ``registry.py``.

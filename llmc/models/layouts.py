@@ -81,6 +81,10 @@ class FusedExperts:
         fused = "down_proj" if found["of"] == "down" else "gate_up_proj"
         return f"{found['experts']}.{fused}{'_bias' if found['kind'] == 'bias' else ''}"
 
+    def transposes(self, name: str) -> bool:
+        """Single Linears aren't in such checkpoints, so nobody expects them transposed."""
+        return False
+
     def _halves(self, rows: Tensor) -> dict[str, Tensor]:
         """Gate and up of ``[experts, 2 * inner, ..]``."""
         if self.interleaved:
@@ -124,9 +128,13 @@ class Transposed:
         """Names don't change."""
         return name
 
+    def transposes(self, name: str) -> bool:
+        """By the last part of the module's name."""
+        return name.rpartition(".")[2] in self.modules
+
     def _covers(self, name: str, tensor: Tensor) -> bool:
         module, _, kind = name.rpartition(".")
-        return kind == "weight" and tensor.ndim == 2 and module.rpartition(".")[2] in self.modules
+        return kind == "weight" and tensor.ndim == 2 and self.transposes(module)
 
 
 StoredLayout = FusedExperts | Transposed

@@ -174,6 +174,27 @@ def test_a_gpt2_run_resumes_from_its_dense_folder(case, gpt2):
     assert run.written() == calm.written()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quant": FP8, "save": {"save_fake": False}}, ["transformer.h.0.attn.c_attn", "save_vllm stores them"]),
+        ({"ignored_layers": {"layer_names": ["c_fc"]}}, ["transformer.h.0.mlp.c_fc", "save_vllm"]),
+        (
+            {
+                "ignored_layers": {"layer_names": ["c_fc"]},
+                "save": {"save_vllm": False, "save_autogptq": True},
+                "quant": {"weight": W4},
+            },
+            ["transformer.h.0.mlp.c_fc", "save_autogptq"],
+        ),
+    ],
+)
+def test_what_loaders_of_a_gpt2_would_transpose_is_refused(case, gpt2, capsys, changes, said):
+    assert main([*case(gpt2, **changes).arguments, "--dry-run"]) == 2
+    message = capsys.readouterr().err
+    assert all(words in message for words in [*said, "transpose"])
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
