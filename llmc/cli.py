@@ -143,7 +143,8 @@ def _main(given: Any) -> int:
     prepared = prepare(loaded)
     console.warn(prepared.warnings)
     if given.dry_run:
-        console.plan(prepared.layers, prepared.estimate, prepared.exporters, prepared.recipe.drop_blocks)
+        decoded = prepared.checkpoint.says
+        console.plan(prepared.layers, prepared.estimate, prepared.exporters, prepared.recipe.drop_blocks, decoded)
         return 0
     with console.progress() as listener:
         result = run(prepared, listener)

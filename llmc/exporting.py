@@ -18,6 +18,7 @@ from .config.suggest import did_you_mean
 from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, check_shard
 from .models import BlockSelection
+from .models.layouts import layout_of
 from .models.mixture import in_solving_order
 from .plan import original_bytes
 from .prepare import Prepared, check_exporters, prepare, source_of
@@ -255,7 +256,7 @@ def _prepare(metrics: Mapping[str, Any], model: str | None) -> Prepared:
     config["model"] |= {"path": model or metrics["model"]["path"], "torch_dtype": metrics["model"]["computing_dtype"]}
     config["base"] |= {"device": "cpu", "threads": None}
     prepared = prepare(load_config(config, (), options_types()), with_texts=False)
-    found, wanted = original_bytes(prepared.entries), metrics["model"]["bytes"]
+    found, wanted = original_bytes(prepared.checkpoint), metrics["model"]["bytes"]
     if found != wanted or len(prepared.skeleton.blocks) != metrics["model"]["blocks"]:
         raise RunError(f"{prepared.folder} holds {found} bytes of weights, the run read {wanted}", _OTHER_MODEL)
     return prepared
@@ -274,7 +275,8 @@ def _sink(folder: Path, exporter: Exporter, selection: BlockSelection) -> Sink:
 
 
 def _exporter(kind: type[Exporter], prepared: Prepared, recipe: Recipe, layers: Sequence[Layer]) -> Exporter:
-    return exporters_of([kind], recipe, layers, prepared.stored, prepared.skeleton.model.dtype)[0]
+    layout = layout_of(prepared.skeleton.model.config.model_type)
+    return exporters_of([kind], recipe, layers, prepared.stored, prepared.skeleton.model.dtype, layout)[0]
 
 
 # --- one format ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .errors import ConfigError, ModelError
 from .export import Exporter, Layer
 from .models import Heads, Subset
 from .quant import PerGroup, QuantSpec
-from .stream.headers import TensorEntry
+from .stream.decoding import Checkpoint, Entry
 from .stream.skeleton import HEAD, Skeleton, block_unit
 
 _RUNTIME = 450 * 2**20  # Python, torch and transformers themselves
@@ -45,7 +45,7 @@ class Estimate:
 
 def make_layers(
     skeleton: Skeleton,
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, Entry],
     heads: Heads,
     subsets: Sequence[tuple[Subset, ...]],
     recipe: Recipe,
@@ -176,7 +176,7 @@ def layer_bits(layer: Layer, spec: QuantSpec) -> float:
 
 def make_estimate(
     skeleton: Skeleton,
-    entries: Mapping[str, TensorEntry],
+    checkpoint: Checkpoint,
     layers: list[Layer],
     exporters: list[Exporter],
     *,
@@ -194,18 +194,20 @@ def make_estimate(
     own if that was tied.
     """
     width = skeleton.model.config.get_text_config().hidden_size
-    size = skeleton.model.dtype.itemsize
+    size, entries = skeleton.model.dtype.itemsize, checkpoint.entries
+    stored_bytes = {unit: sum(entry.nbytes for entry in own) for unit, own in checkpoint.units(skeleton.units).items()}
     unit_bytes = {unit: sum(entries[name].nbytes for name in names) for unit, names in skeleton.units.items()}
     elements = {
         unit: sum(entries[name].nbytes // entries[name].dtype.itemsize for name in names)
         for unit, names in skeleton.units.items()
     }
-    read = sum(unit_bytes.values()) + (sum(unit_bytes.values()) - unit_bytes[HEAD] if surveyed else 0)
+    total = sum(stored_bytes.values())
+    read = total + (total - stored_bytes[HEAD] if surveyed else 0)
     kept = max(calib_tokens * streams[0] + eval_tokens * streams[1], calib_tokens * surveyed) * width * size
     widest = max((layer.columns for layer in layers), default=width)
     held = calib_tokens * (3 * width + widest) * size if streams[0] else 0
     block = largest_block(skeleton, entries)
-    ahead = max(unit_bytes.values())
+    loaded = max(unit_bytes.values()) + max(stored_bytes.values())  # one unit decoded, or being decoded, the next read
     gram = 3 * widest * widest * 4 if streams[0] else 0
     exact = 2 * 8 * max((layer.rows * layer.columns for layer in layers), default=0) if changed_at_load else 0
     untied = unit_bytes["embed"] if changed_at_load and skeleton.tied_head else 0
@@ -217,25 +219,25 @@ def make_estimate(
         * (2 if exporter.assembled else 1)
         for exporter in exporters
     )
-    host = _RUNTIME + 2 * ahead + kept + (0 if on_device else working)
+    host = _RUNTIME + loaded + kept + (0 if on_device else working)
     return Estimate(read, written + 2 * kept, held, kept, host, working if on_device else 0)
 
 
-def largest_block(skeleton: Skeleton, entries: Mapping[str, TensorEntry]) -> int:
+def largest_block(skeleton: Skeleton, entries: Mapping[str, Entry]) -> int:
     """Bytes of the largest block's weights in the computing dtype."""
     size: int = skeleton.model.dtype.itemsize
     units = (skeleton.units[block_unit(index)] for index in range(len(skeleton.blocks)))
     return size * max(sum(math.prod(entries[name].shape) for name in names) for names in units)
 
 
-def stored_dtype(entries: Mapping[str, TensorEntry], layers: list[Layer]) -> torch.dtype:
+def stored_dtype(entries: Mapping[str, Entry], layers: list[Layer]) -> torch.dtype:
     """The dtype of the checkpoint's Linear weights."""
     return entries[f"{layers[0].name}.weight"].dtype
 
 
-def original_bytes(entries: Mapping[str, TensorEntry]) -> int:
-    """Bytes of all tensors of the checkpoint."""
-    return sum(entry.nbytes for entry in entries.values())
+def original_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors of the checkpoint, as they are stored."""
+    return sum(entry.nbytes for entry in checkpoint.stored.values())
 
 
 def free_disk(path: Path) -> int:

@@ -18,11 +18,13 @@ from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer, Source
 from .models import Heads, ModelAdapter, Subset, check_reorderable, find_adapter, residual_of
 from .models.experts import HostMemory
+from .models.layouts import layout_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, largest_block, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
 from .stream.attention import check_attention
-from .stream.headers import TensorEntry, read_headers
+from .stream.decoders import open_checkpoint
+from .stream.decoding import Checkpoint, DenseEntry
 from .stream.skeleton import Skeleton
 from .stream.skeleton import load_config as load_model_config
 from .translate import (
@@ -64,7 +66,7 @@ class Prepared:
 
     loaded: LoadedConfig
     folder: Path
-    entries: Mapping[str, TensorEntry]
+    checkpoint: Checkpoint
     skeleton: Skeleton
     recipe: Recipe
     layers: list[Layer]
@@ -84,6 +86,11 @@ class Prepared:
     def config(self) -> Config:
         """The configuration."""
         return self.loaded.config
+
+    @property
+    def entries(self) -> Mapping[str, DenseEntry]:
+        """The checkpoint's tensors as they are once they're decoded."""
+        return self.checkpoint.entries
 
 
 def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
@@ -106,7 +113,8 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
     model_config = load_model_config(folder, trust_remote_code=trust)
     adapter = find_adapter(config.model.type, model_config.model_type)
-    entries = read_headers(folder)
+    checkpoint = open_checkpoint(folder)
+    entries = checkpoint.entries
     names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
     stored = entries[names[0]].dtype if names else torch.bfloat16
     compute = make_compute_dtype(config.model.torch_dtype, stored, device)
@@ -130,7 +138,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     check_layers(recipe, list(dict.fromkeys(online.cut(subset) for own in subsets for subset in own)))
     layers = make_layers(skeleton, entries, heads, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe, layers, stored, compute)
+    exporters = make_exporters(config, recipe, layers, stored, compute, layout_of(model_config.model_type))
     warnings = check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
@@ -142,7 +150,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
     estimate = make_estimate(
         skeleton,
-        entries,
+        checkpoint,
         layers,
         exporters,
         calib_tokens=sum(batch.numel() for batch in calib),
@@ -155,7 +163,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     return Prepared(
         loaded,
         folder,
-        entries,
+        checkpoint,
         skeleton,
         recipe,
         layers,
@@ -174,7 +182,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
 
 
 def experts_on_host(
-    config: Config, skeleton: Skeleton, entries: Mapping[str, TensorEntry], device: torch.device
+    config: Config, skeleton: Skeleton, entries: Mapping[str, DenseEntry], device: torch.device
 ) -> bool:
     """Whether the experts of a block are to stay in the host's memory, from where they visit the device."""
     if config.base.experts != "auto" or device.type != "cuda":

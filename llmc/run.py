@@ -23,7 +23,7 @@ from .algorithms import options_types
 from .config import LoadedConfig, load_config
 from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
-from .export import Exporter, Layer, Source, check_shard, read_config, with_own_head
+from .export import Exporter, Layer, Source, check_shard, read_config, with_own_head, without_quantization
 from .export.dense import FakeQuant, Transformed
 from .models import BlockSelection
 from .plan import bits_per_weight, free_disk, original_bytes
@@ -118,9 +118,8 @@ def run(prepared: Prepared, listener: Listener) -> Result:
                 "free some, name another save.save_path, or save fewer formats",
             )
         journal = workspace.open()
-        source = BlockSource(
-            {unit: [prepared.entries[n] for n in names] for unit, names in prepared.skeleton.units.items()}
-        )
+        checkpoint = prepared.checkpoint
+        source = BlockSource(checkpoint.units(prepared.skeleton.units), checkpoint.decode)
         stack.callback(source.close)
         surveyed = survey(prepared, source, workspace, journal, listener)
         selection = surveyed.selection
@@ -147,7 +146,8 @@ def run(prepared: Prepared, listener: Listener) -> Result:
                 "path": str(prepared.folder),
                 "adapter": prepared.adapter.name,
                 "blocks": len(prepared.skeleton.blocks),
-                "bytes": original_bytes(prepared.entries),
+                "bytes": original_bytes(checkpoint),
+                "input": checkpoint.says or None,
                 "computing_dtype": str(prepared.skeleton.model.dtype).removeprefix("torch."),
                 "device": str(prepared.device),
             },
@@ -184,7 +184,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
         "configuration": json.dumps(resolved, sort_keys=True),
         "calibration text": tokens_digest(prepared.calib),
         "evaluation text": tokens_digest([one.windows.tokens for one in prepared.evaluations]),
-        "checkpoint": headers_digest(prepared.entries),
+        "checkpoint": headers_digest(prepared.checkpoint.stored),
         "set of library versions": json.dumps(versions(), sort_keys=True),
     }
 
@@ -323,7 +323,7 @@ def _finish_outputs(
 
 def stored_config(prepared: Prepared, selection: BlockSelection) -> dict[str, Any]:
     """``config.json`` of the model that is stored, before a format has its say."""
-    original = read_config(prepared.folder)
+    original = without_quantization(read_config(prepared.folder))
     original = with_own_head(original) if prepared.frame is not None else original
     return selection.config(original, prepared.skeleton.model.config.get_text_config())
 

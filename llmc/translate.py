@@ -25,6 +25,7 @@ from .data import CalibrationSpec, EvaluationSpec
 from .errors import ConfigError, ExportError
 from .export import EXPORTERS, Exporter, Layer
 from .models import Subset
+from .models.layouts import StoredLayout
 from .quant import KvSpec, Scheme, Sparsity
 from .schemes import SCALE_DTYPES, Packing, act_spec, make_packing, make_rules, unavailable, weight_spec
 from .translate_kv import unavailable_cache
@@ -217,7 +218,12 @@ def make_sparsity(config: Config) -> Sparsity | None:
 
 
 def make_exporters(
-    config: Config, recipe: Recipe, layers: Sequence[Layer], stored: torch.dtype, compute: torch.dtype
+    config: Config,
+    recipe: Recipe,
+    layers: Sequence[Layer],
+    stored: torch.dtype,
+    compute: torch.dtype,
+    layout: StoredLayout | None = None,
 ) -> list[Exporter]:
     """The formats that the file asks for.
 
@@ -231,7 +237,7 @@ def make_exporters(
             "save: there is nothing to save without a section 'quant' or 'sparse'",
             "add one of them, or remove the save_* keys",
         )
-    return exporters_of(asked, recipe, layers, stored, compute)
+    return exporters_of(asked, recipe, layers, stored, compute, layout)
 
 
 def exporters_of(
@@ -240,8 +246,9 @@ def exporters_of(
     layers: Sequence[Layer],
     stored: torch.dtype,
     compute: torch.dtype,
+    layout: StoredLayout | None = None,
 ) -> list[Exporter]:
-    """These formats for what a recipe makes.
+    """These formats for what a recipe makes of a model whose own checkpoints have a ``layout``.
 
     Raises:
         ExportError: a format has one scheme for all Linears, and ``quant.mix_bits`` asks for several.
@@ -255,7 +262,7 @@ def exporters_of(
         )
     act = recipe.act or recipe.clustered
     fused = {layer.name: layer.fused for layer in layers}
-    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed, fused) for kind in kinds]
+    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed, fused, layout) for kind in kinds]
 
 
 def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:

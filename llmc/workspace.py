@@ -175,7 +175,7 @@ class Workspace:
             copy_side_files(source.folder, folder)
         written = [row["outputs"][exporter.name] for row in rows]
         names = {name for part in written for name in part["names"]}
-        missing = [layer.name for layer in layers if not any(name.startswith(f"{layer.name}.") for name in names)]
+        missing = [layer.name for layer in layers if not exporter.parts(layer.name, names)]
         if missing:
             raise ExportError(f"{folder}: nothing was written for {missing[0]}", "please report this")
         files = parts = [sink.folder / part["file"] for part in written]

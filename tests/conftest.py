@@ -12,6 +12,7 @@ from hypothesis import settings
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -22,7 +23,10 @@ from transformers import (
 )
 
 from llmc.models import ModelAdapter, Subset, find_adapter
-from llmc.stream.headers import TensorEntry, read_headers
+from llmc.models.layouts import StoredLayout, layout_of
+from llmc.stream.decoders import open_checkpoint
+from llmc.stream.decoding import Checkpoint
+from llmc.stream.headers import TensorEntry
 from llmc.stream.skeleton import Skeleton, load_config
 from llmc.stream.source import BlockSource
 
@@ -43,6 +47,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**GQA, head_dim=16),
     "opt": OPTConfig(**OPT),
     "opt-post-norm": OPTConfig(**OPT, do_layer_norm_before=False),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=BLOCKS, n_head=4, n_positions=64, n_inner=128),
 }
 
 
@@ -71,8 +76,18 @@ class Tiny:
         return self.adapter.block_subsets(self.config, self.skeleton().blocks)
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.folder)
+
+    @property
     def entries(self) -> dict[str, TensorEntry]:
-        return read_headers(self.folder)
+        """As they are stored."""
+        return dict(self.checkpoint.stored)
+
+    @property
+    def layout(self) -> StoredLayout | None:
+        """How the family's checkpoints hold its Linears."""
+        return layout_of(self.config.model_type)
 
     def model(self) -> PreTrainedModel:
         """The whole model as transformers loads it."""
@@ -81,12 +96,13 @@ class Tiny:
     def skeleton(self, dtype: torch.dtype = torch.float32) -> Skeleton:
         """The model without weights."""
         adapter, cpu = self.adapter, torch.device("cpu")
-        return Skeleton(self.config, self.entries, blocks=adapter.blocks, head=adapter.head, dtype=dtype, device=cpu)
+        names = self.checkpoint.entries
+        return Skeleton(self.config, names, blocks=adapter.blocks, head=adapter.head, dtype=dtype, device=cpu)
 
     def source(self, skeleton: Skeleton) -> BlockSource:
         """The weights by the skeleton's units."""
-        entries = self.entries
-        return BlockSource({unit: [entries[name] for name in names] for unit, names in skeleton.units.items()})
+        checkpoint = self.checkpoint
+        return BlockSource(checkpoint.units(skeleton.units), checkpoint.decode)
 
     def loaded(self) -> Skeleton:
         """The model with all its weights, loaded unit by unit."""

@@ -1,6 +1,6 @@
 """Checkpoint formats: each one file, a pure function of the core's records, with its inverse."""
 
-from .base import Exporter, Layer, Source, copy_side_files, read_config, with_own_head
+from .base import Exporter, Layer, Source, copy_side_files, read_config, with_own_head, without_quantization
 from .check import check_shard
 from .registry import EXPORTERS
 from .trtllm_check import check_trtllm
@@ -15,4 +15,5 @@ __all__ = [
     "copy_side_files",
     "read_config",
     "with_own_head",
+    "without_quantization",
 ]

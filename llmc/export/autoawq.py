@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import ExportError
 from ..quant import QuantSpec, UnitRecord
 from .base import Exporter, Layer, with_dtype
+from .shared import check_turned
 from .vllm_schemes import PACKED, scheme_of
 from .word_layouts import AwqGemm, group_size, needed, read_by, stored_by
 from .word_rules import WordRules, check_words
@@ -39,6 +40,7 @@ class AutoAWQ(Exporter):
     def check(self, layers: list[Layer]) -> list[str]:
         """One scheme, weights only; Linears that backends fuse are quantized together."""
         warnings = check_words(self.rules, self.schemes, self.kv, layers)
+        check_turned(self.name, self._layout, [layer for layer in layers if layer.spec is None])
         _check_names(self.name, layers)
         return warnings
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..quant import UnitRecord
 from .base import Exporter, Layer, with_dtype
+from .shared import check_turned
 from .word_layouts import GptqV1, group_size, needed, read_by, stored_by
 from .word_rules import WordRules, check_words
 
@@ -32,6 +33,7 @@ class AutoGPTQ(Exporter):
 
     def check(self, layers: list[Layer]) -> list[str]:
         """One scheme, weights only; Linears that backends fuse are quantized together."""
+        check_turned(self.name, self._layout, [layer for layer in layers if layer.spec is None])
         return check_words(_RULES, self.schemes, self.kv, layers)
 
     def nbytes(self, layer: Layer) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +71,26 @@ class Source:
     names: tuple[str, ...] = ()
 
 
+class OwnLayout(Protocol):
+    """How the model's own checkpoints hold what records have as Linears ``[out, in]``: views and stacks."""
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor] | None:
+        """The Linears' tensors in a stored one; None if it is one of theirs, or something else."""
+        ...
+
+    def join(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors of a unit, from its Linears' and all others."""
+        ...
+
+    def holder(self, name: str) -> str:
+        """The stored tensor in which one lies."""
+        ...
+
+    def transposes(self, name: str) -> bool:
+        """Whether loaders take the weight of the Linear of this name for ``[in, out]``."""
+        ...
+
+
 class Exporter:
     """Base of all formats. A new one is one file with a subclass, listed in ``registry.py``.
 
@@ -82,6 +102,7 @@ class Exporter:
         kv: how the KV cache was quantized in the evaluation, or None.
         schemes: those of Linears that have others than ``spec`` and ``act``, by the checkpoint's names.
         fused: for Linears that a backend runs as one with others, by the checkpoint's names, all of those.
+        layout: how the model's own checkpoints hold its Linears; None: one by one, ``[out, in]``.
     """
 
     name: ClassVar[str]
@@ -128,10 +149,12 @@ class Exporter:
         kv: KvSpec | None = None,
         schemes: Mapping[str, Scheme] | None = None,
         fused: Mapping[str, tuple[str, ...]] | None = None,
+        layout: OwnLayout | None = None,
     ) -> None:
         self.spec, self.stored, self.compute, self.act, self.kv = spec, stored, compute, act, kv
         self._schemes = dict(schemes or {})
         self._fused = dict(fused or {})
+        self._layout = layout
 
     def fused_with(self, name: str) -> tuple[str, ...]:
         """All Linears that a backend runs as one with this one, itself among them."""
@@ -189,6 +212,10 @@ class Exporter:
         """The inverse of ``tensors``: what a resumed run and the check after writing rely on."""
         raise NotImplementedError
 
+    def parts(self, name: str, stored: Collection[str]) -> list[str]:
+        """Those of the stored names whose tensors hold a Linear's weight, and what belongs to it."""
+        return [other for other in stored if other.startswith(f"{name}.")]
+
     def independent(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
         """The dense weight ``name`` as somebody else's reader sees it; None where there is no other reader."""
         return None
@@ -231,6 +258,13 @@ def with_own_head(config: dict[str, Any]) -> dict[str, Any]:
     inner = config.get("text_config")
     nested = {"text_config": with_own_head(inner)} if isinstance(inner, dict) else {}
     return {**config, **nested, "tie_word_embeddings": False}
+
+
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a checkpoint whose weights were decoded."""
+    inner = config.get("text_config")
+    nested = {"text_config": without_quantization(inner)} if isinstance(inner, dict) else {}
+    return {key: value for key, value in {**config, **nested}.items() if key != "quantization_config"}
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def check_shard(path: Path, exporter: Exporter, record: UnitRecord, original_nam
     del expected
     for name, weight in record.quantized.items() if exporter.stores_weights else ():
         dense = weight.dequantize()
-        own = {key: tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+        own = {key: stored[key] for key in exporter.parts(name, stored)}
         for reader, value in _readings(exporter, own, name):
             if not torch.equal(value, dense.to(value.dtype)):
                 raise ExportError(f"{path}: {name} reads back differently through {reader}", "please report this")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,27 @@ class FakeQuant(Exporter):
         return layer.rows * layer.columns * (self.stored if layer.spec is None else self.dtype).itemsize
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
-        """Dense weights; everything else as in the original."""
-        return unit.plain | {f"{name}.weight": w.dequantize(self.dtype) for name, w in unit.quantized.items()}
+        """Dense weights; everything else as in the original. All is laid out as the model's own checkpoints have it."""
+        return self._joined(
+            unit.plain | {f"{name}.weight": w.dequantize(self.dtype) for name, w in unit.quantized.items()}
+        )
 
     def read(self, tensors: dict[str, Tensor]) -> UnitRecord:
         """The values; the codes can't be told from them."""
-        return UnitRecord(plain=tensors)
+        if self._layout is None:
+            return UnitRecord(plain=tensors)
+        plain: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            plain |= self._layout.split(name, tensor) or {name: tensor}
+        return UnitRecord(plain=plain)
+
+    def parts(self, name: str, stored: Collection[str]) -> list[str]:
+        """The one tensor in which the weight lies, if a unit's tensors are joined."""
+        holder = f"{name}.weight" if self._layout is None else self._layout.holder(f"{name}.weight")
+        return [holder] if holder in stored else []
+
+    def _joined(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(tensors) if self._layout is None else self._layout.join(tensors)
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's, with the wider of its dtype and the weights', and no stale quantization."""
@@ -78,8 +94,8 @@ class Transformed(FakeQuant):
         return layer.rows * layer.columns * self.stored.itemsize
 
     def tensors(self, unit: UnitRecord) -> dict[str, Tensor]:
-        """As they are."""
-        return dict(unit.plain)
+        """As they are, laid out as the model's own checkpoints have them."""
+        return self._joined(unit.plain)
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's."""

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ExportError
 from ..quant import Fp8Grid, KvSpec
-from .base import Layer
+from .base import Layer, OwnLayout
 
 _EXPERT = re.compile(r"^(.*\.experts)\.\d+\.")
 
@@ -60,4 +60,24 @@ def check_cache(kv: KvSpec | None, backend: str, key: str) -> None:
             f"{backend} has no KV cache such as quant.kvcache asks for ({kv.describe()}; {key})",
             "use method: Naive, bit: e4m3, symmetric: True, granularity: per_tensor, static: True; "
             "or keep it for the evaluation and write save_fake",
+        )
+
+
+def check_turned(save: str, layout: OwnLayout | None, layers: Sequence[Layer]) -> None:
+    """Refuse Linears that a format stores as a ``weight`` ``[out, in]``, where loaders transpose that.
+
+    Args:
+        save: its key in the section ``save``.
+        layout: how the model's own checkpoints hold its Linears.
+        layers: those stored so; what is packed has names of its own, which nobody transposes.
+
+    Raises:
+        ExportError: names one.
+    """
+    turned = [layer.name for layer in layers if layout is not None and layout.transposes(layer.name)]
+    if turned:
+        raise ExportError(
+            f"{turned[0]}: loaders of this architecture transpose weights that aren't packed, and {save} stores them "
+            "[out, in]",
+            "quantize all Linears of the blocks, to packed integers without quant.act; or write save_fake",
         )

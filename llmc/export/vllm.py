@@ -21,7 +21,7 @@ from ..errors import ExportError
 from ..quant import PerBlock, QuantSpec, Scheme, UnitRecord
 from .base import Exporter, Layer, with_dtype
 from .ct_layouts import Codes, Layout, Packed, Pairs, input_nbytes, input_tensors
-from .shared import check_cache, check_fused
+from .shared import check_cache, check_fused, check_turned
 from .vllm_rotations import check_rotations, transforms
 from .vllm_schemes import MXFP4, NVFP4, PACKED, conditions, config_groups, format_of, scheme_of
 
@@ -55,6 +55,7 @@ class VLLM(Exporter):
         check_fused(layers, self.backend)
         for layer in layers:
             self._check_layer(layer)
+        check_turned(self.name, self._layout, [x for x in layers if not x.spec or isinstance(_layout(x.scheme), Codes)])
         return [*turned, *self.conditions(found), *self._slower(layers)]
 
     def check_schemes(self, schemes: Sequence[Scheme]) -> None:

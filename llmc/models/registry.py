@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..errors import ModelError
 from .adapter import ModelAdapter
 from .deepseek import DEEPSEEK2, DEEPSEEK3
+from .gpt2 import GPT2
 from .gpt_oss import GPT_OSS
 from .llama import LLAMA
 from .llama4 import LLAMA4
@@ -17,7 +18,7 @@ from .qwen_moe import QWEN2_MOE, QWEN3_MOE
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
     *(LLAMA, LLAMA4, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN3_NEXT, OPT),
-    *(DEEPSEEK2, DEEPSEEK3, GPT_OSS),
+    *(DEEPSEEK2, DEEPSEEK3, GPT2, GPT_OSS),
 )
 
 

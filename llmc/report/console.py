@@ -106,9 +106,14 @@ class Console:
             yield ProgressListener(self._rich, bar)
 
     def plan(
-        self, layers: Sequence[Layer], estimate: Estimate, exporters: Sequence[Exporter], drop_blocks: int = 0
+        self,
+        layers: Sequence[Layer],
+        estimate: Estimate,
+        exporters: Sequence[Exporter],
+        drop_blocks: int = 0,
+        decoded: str = "",
     ) -> None:
-        """What a dry run found out."""
+        """What a dry run found out; ``decoded`` says what is made dense as it's read."""
         table = Table("layer", "out x in", "scheme", box=None, pad_edge=False)
         for layer in layers:
             scheme = layer.describe() or "[yellow]kept[/]"
@@ -118,6 +123,7 @@ class Console:
         self._rich.print("\n[bold]Plan[/]" + (f" {self._task}" if self._task else ""))
         self._facts(
             {
+                **({"input": decoded} if decoded else {}),
                 "layers": "; ".join(f"{count} x {scheme}" for scheme, count in schemes.items()),
                 **({"dropped": f"{drop_blocks} blocks, which ones the run finds out"} if drop_blocks else {}),
                 "left alone": "embeddings, norms, head: they are never quantized or pruned",
@@ -136,6 +142,8 @@ class Console:
             self._rich.print(f"EVAL: {one.kind} on {one.name} is {one.value:.4f} ({one.position}: {one.protocol})")
         self._rich.print("\n[bold green]Done[/]" + (f" {self._task}" if self._task else ""))
         facts: dict[str, str] = {}
+        if metrics["model"]["input"] is not None:
+            facts["input"] = metrics["model"]["input"]
         original = metrics["model"]["bytes"]
         for name, output in result.outputs.items():
             facts[f"size ({name})"] = _size(original, output)

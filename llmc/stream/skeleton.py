@@ -29,6 +29,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
 from ..models.experts import HostMemory, LinearExperts, linearize_experts
+from ..models.linearize import linearize
+from .configuration import check_config
 from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
@@ -40,22 +42,22 @@ def block_unit(index: int) -> str:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's configuration.
+    """The model's configuration, without what it says of quantized weights: they are decoded before anybody sees them.
 
     Raises:
-        CheckpointError: ``config.json`` isn't understood, or asks for remote code without consent.
+        CheckpointError: ``config.json`` isn't understood, says that the weights are quantized in a way that can't be
+            decoded, or asks for remote code without consent.
+        ModelError: the model isn't a decoder.
     """
+    check_config(folder, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as problem:
         raise CheckpointError(f"{folder}/config.json can't be used: {problem}", "check model.path") from problem
     if not isinstance(config, PretrainedConfig):
         raise CheckpointError(f"{folder}/config.json isn't a model's configuration", "check model.path")
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            f"{folder} is already quantized ({config.quantization_config.get('quant_method', 'unknown method')})",
-            "give the original, unquantized checkpoint as model.path",
-        )
+    for of in (config, config.get_text_config()):
+        of.__dict__.pop("quantization_config", None)
     return config
 
 
@@ -167,6 +169,7 @@ class Skeleton:
         with unheaped(), init_empty_weights(include_buffers=False):
             auto: Any = AutoModelForCausalLM  # from_config has no annotations
             self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        linearize(self.model)
         self.model.eval()
         self._experts = linearize_experts(self.model)
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import FileIO
 
@@ -13,16 +13,23 @@ from ..errors import CheckpointError
 from .headers import TensorEntry
 from .memory import own_memory, unheaped
 
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)  # torch neither sums nor compares them
+
 
 class BlockSource:
     """Plain reads into fresh memory: nothing stays mapped, so a unit's memory is gone when its tensors are.
 
     Args:
-        units: the tensors of each unit.
+        units: the stored tensors of each unit.
+        decode: makes dense tensors of a unit's stored ones, which it lets go on the way; None: they are dense.
     """
 
-    def __init__(self, units: Mapping[str, list[TensorEntry]]) -> None:
-        self._units = units
+    def __init__(
+        self,
+        units: Mapping[str, list[TensorEntry]],
+        decode: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        self._units, self._decode = units, decode
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmc-read")
         self._ahead: dict[str, Future[dict[str, Tensor]]] = {}
         self.bytes_read = 0
@@ -34,13 +41,15 @@ class BlockSource:
             self._ahead[unit] = self._pool.submit(self._read, unit)
 
     def take(self, unit: str) -> dict[str, Tensor]:
-        """The unit's tensors by checkpoint name, on the CPU, in their stored dtype.
+        """The unit's tensors by name, on the CPU: decoded, or else in their stored dtype.
 
         Raises:
-            CheckpointError: a file ends early, or a value is NaN or infinite.
+            CheckpointError: a file ends early, can't be decoded, or a value is NaN or infinite.
         """
         self.prefetch(unit)
         tensors = self._ahead.pop(unit).result()
+        if self._decode is not None:
+            tensors = self._decode(tensors)
         check_finite(tensors)
         return tensors
 
@@ -93,7 +102,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: names the tensor.
     """
-    for name, tensor in tensors.items():
+    for name, stored in tensors.items():
+        tensor = stored.float() if stored.dtype in _NARROW else stored
         if (
             tensor.is_floating_point()
             and not tensor.sum(dtype=torch.float32).isfinite()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from llmc.models import Subset, find_adapter
+from llmc.models.linearize import linearize
 
 TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 ROTARY = {**TINY, "intermediate_size": 40, "max_position_embeddings": 64}
@@ -32,6 +34,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "opt-post-norm": OPTConfig(
         **TINY, ffn_dim=40, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False
     ),
+    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4, n_inner=40, n_positions=64),
 }
 
 
@@ -48,6 +51,7 @@ def model_of(config: PretrainedConfig) -> PreTrainedModel:
     """Random weights, biases and norms, no signs preferred, in float64 throughout: Transformers' RMSNorm goes through
     float32, where an error below 1e-7 would hide."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="sdpa").eval()
+    linearize(model)
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RMSNorm"):
             exact = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)

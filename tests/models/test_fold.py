@@ -72,7 +72,7 @@ def test_all_folds_of_a_block_go_together(name):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_a_folded_norm_is_stored_without_a_rounding(name, stored):
     model = model_of(CONFIGS[name])
-    norms = [subset for subset in foldable(model.config) if "norm" in subset.prev]
+    norms = [subset for subset in foldable(model.config) if "norm" in subset.prev or "ln_" in subset.prev]
     for subset in norms:
         fold(model, subset, stored)
         weight = block_of(model).get_submodule(subset.prev).weight
@@ -189,10 +189,11 @@ def test_smoothed_weights_are_folded_ones_and_gradients_reach_the_scale(name):
         prev, linears = block.get_submodule(subset.prev), [block.get_submodule(n) for n in subset.linears]
         columns = linears[0].weight.shape[1]
         rule = scale_rule(subset, prev, columns, heads_of(model.config), allow_gqa=True)
-        divisor = torch.exp2(torch.rand(prev.weight.shape[0], generator=generator, dtype=torch.float64) * 6 - 3)
+        outputs = columns if subset.rows is not None else prev.weight.shape[0]
+        divisor = torch.exp2(torch.rand(outputs, generator=generator, dtype=torch.float64) * 6 - 3)
         biased = all(getattr(module, "bias", None) is not None for module in (prev, *linears))
         shift = torch.randn(columns, generator=generator, dtype=torch.float64)
-        shift = shift if biased and rule.repeat == 1 and subset.reads != "ffn" else None
+        shift = shift if biased and rule.repeat == 1 and subset.reads != "ffn" and subset.rows is None else None
         leaves.append(divisor.requires_grad_())
         changed |= smoothed(changed, subset.prev, subset.linears, divisor, rule, shift)
         other = block_of(folded)

@@ -20,7 +20,9 @@ from llmc.models import (
     reorder_block,
 )
 
-EVERY: dict[str, PretrainedConfig] = {name: config for name, config in CONFIGS.items() if name != "opt-post-norm"} | {
+EVERY: dict[str, PretrainedConfig] = {
+    name: config for name, config in CONFIGS.items() if name not in ("opt-post-norm", "gpt2")
+} | {
     "llama-tied": type(CONFIGS["llama-gqa"])(**{**CONFIGS["llama-gqa"].to_dict(), "tie_word_embeddings": True}),
 }
 
@@ -121,3 +123,8 @@ def test_keys_behind_a_rotary_embedding_are_refused():
 def test_norms_behind_the_branches_are_refused():
     with pytest.raises(ModelError, match="norms stand behind each branch"):
         check_reorderable(subsets_of(CONFIGS["opt-post-norm"]))
+
+
+def test_queries_keys_and_values_of_one_linear_are_refused():
+    with pytest.raises(ModelError, match="come from one Linear"):
+        check_reorderable(subsets_of(CONFIGS["gpt2"]))

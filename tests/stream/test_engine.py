@@ -98,7 +98,7 @@ class Pass:
     def sinks(self) -> list[Sink]:
         made = []
         for kind in self.formats:
-            exporter = kind(self.spec, torch.bfloat16, torch.float32, self.act, self.kv)
+            exporter = kind(self.spec, torch.bfloat16, torch.float32, self.act, self.kv, layout=self.tiny.layout)
             folder = self.folder / kind.folder
             folder.mkdir(parents=True, exist_ok=True)
             made.append(Sink(folder, exporter, UNITS, lambda path, record: None))
