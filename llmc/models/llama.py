@@ -6,17 +6,12 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .adapter import ModelAdapter, Residual, Subset
+from .parts import attention, gated
 
 
 def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
     """q, k, v read the first norm; o reads the values; gate and up read the second norm; down reads their product."""
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return (
-        Subset(qkv, "input_layernorm", "self_attn", writes="heads"),
-        Subset(("self_attn.o_proj",), "self_attn.v_proj", "self_attn.o_proj", reads="heads", writes="residual"),
-        Subset(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp", writes="ffn"),
-        Subset(("mlp.down_proj",), "mlp.up_proj", "mlp.down_proj", reads="ffn", writes="residual"),
-    )
+    return (*attention("input_layernorm"), *gated("post_attention_layernorm"))
 
 
 def residual(config: PretrainedConfig) -> Residual:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import CONFIGS, change, model_of, subsets_of
+from exact import CONFIGS, change, logits, model_of, subsets_of
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -46,11 +46,6 @@ def random_orders(config: PretrainedConfig) -> Orders:
     }
     orderable = any(subset.orderable for subset in subsets)
     return Orders(inputs, shuffled(heads.kv, heads.dim, 9) if orderable else None)
-
-
-@torch.no_grad()
-def logits(model) -> Tensor:
-    return model(torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1)), use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", EVERY)
