@@ -16,7 +16,7 @@ from llmc.stream.source import BlockSource
 
 @dataclass(frozen=True)
 class Tiny:
-    """A checkpoint in shards of a few tensors each, stored in bfloat16."""
+    """A checkpoint in shards of a few tensors each."""
 
     name: str
     folder: Path
@@ -71,15 +71,15 @@ class Tiny:
         return skeleton
 
 
-def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
+def write_checkpoint(config: PreTrainedConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """A checkpoint of an architecture that Transformers has."""
     torch.manual_seed(0)
-    write_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder)
+    write_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder, dtype)
 
 
-def write_model(model: PreTrainedModel, folder: Path) -> None:
+def write_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Random weights, also in norms and biases: a parameter that isn't loaded shows."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.15)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="40KB")
+    model.to(dtype).save_pretrained(folder, max_shard_size="40KB")

@@ -45,7 +45,7 @@ class _Output(Tensor):
     The element is the very tensor that ``of`` got. Every operation takes an output for what it is, a plain tensor.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     first: Tensor
 
     @classmethod

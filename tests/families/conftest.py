@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 # Texts, tokenizers, runs and exact arithmetic, which other tests have.
@@ -26,29 +27,27 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """A tiny checkpoint with a tokenizer by its name in ``CONFIGS``; written once."""
-    written: dict[str, Tiny] = {}
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tiny]:
+    """A tiny checkpoint with a tokenizer by its name in ``CONFIGS`` and its dtype; written once."""
 
-    def get(name: str) -> Tiny:
-        if name not in written:
-            folder, config = tmp_path_factory.mktemp(name), CONFIGS[name]
-            model = REMOTE.get(type(config))
-            if model is None:
-                write_checkpoint(config, folder)
-            else:
-                type(config).register_for_auto_class()
-                model.register_for_auto_class("AutoModelForCausalLM")
-                torch.manual_seed(0)
-                write_model(model(config), folder)
-            write_tokenizer(folder)
-            written[name] = Tiny(name, folder, remote=model is not None)
-        return written[name]
+    @cache
+    def get(name: str, dtype: torch.dtype = torch.bfloat16) -> Tiny:
+        folder, config = tmp_path_factory.mktemp(name), CONFIGS[name]
+        kind = REMOTE.get(type(config))
+        if kind is None:
+            write_checkpoint(config, folder, dtype)
+        else:
+            type(config).register_for_auto_class()
+            kind.register_for_auto_class("AutoModelForCausalLM")
+            torch.manual_seed(0)
+            write_model(kind(config), folder, dtype)
+        write_tokenizer(folder)
+        return Tiny(name, folder, remote=kind is not None)
 
     return get
 
 
 @pytest.fixture(params=CONFIGS)
-def family(request: pytest.FixtureRequest, family_of: Callable[[str], Tiny]) -> Tiny:
+def family(request: pytest.FixtureRequest, family_of: Callable[..., Tiny]) -> Tiny:
     """Each tiny checkpoint in turn."""
     return family_of(request.param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 import llmc
+from llmc.errors import CheckpointError
 
-FAKE, VLLM = "fake_quant_model", "vllm_quant_model"
+FAKE, VLLM, TRANS = "fake_quant_model", "vllm_quant_model", "transformed_model"
 WINDOW = 12
 LARGEST = {"W4A16": 0.3, "W8A8": 0.05}  # change of the logits, relative
 W4A16 = {"weight": {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 32}}
@@ -42,15 +44,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compress(text: Path, tmp_path: Path) -> Callable[..., llmc.Result]:
     """A run over a tiny checkpoint into the test's folder."""
 
-    def run(family: Tiny, quant: dict[str, Any], **save: bool) -> llmc.Result:
+    def run(family: Tiny, save: tuple[str, ...], **sections: Any) -> llmc.Result:
         source = {"name": "text", "path": str(text), "bs": 2, "seq_len": WINDOW}
         content = {
             "base": {"seed": 42, "device": "cpu"},
             "model": {"path": str(family.folder), "torch_dtype": "float32", "trust_remote_code": family.remote},
             "calib": {**source, "n_samples": 4, "preproc": "sequential"},
             "eval": {**source, "num_chunks": 2, "eval_pos": ["pretrain", "transformed", "fake_quant"]},
-            "quant": quant,
-            "save": {"save_path": str(tmp_path / "out"), **save},
+            "save": {"save_path": str(tmp_path / "out"), **dict.fromkeys(save, True)},
+            **sections,
         }
         return llmc.compress(content)
 
@@ -68,15 +70,20 @@ def perplexity(logits: Tensor, ids: Tensor) -> float:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
 
 
+def tokens_of(family: Tiny, text: Path) -> Tensor:
+    """What is evaluated on."""
+    tokenizer = AutoTokenizer.from_pretrained(family.folder, trust_remote_code=family.remote)
+    ids = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"][: 2 * WINDOW]
+    return torch.tensor(ids).view(2, WINDOW)
+
+
 @pytest.mark.parametrize("scheme", RUNS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_is_compressed(family_of, compress, text, tmp_path, name, scheme):
     family = family_of(name)
-    run = compress(family, RUNS[scheme], save_fake=True, save_vllm=True)
+    run = compress(family, ("save_fake", "save_vllm"), quant=RUNS[scheme])
     found = {one.position: one.value for one in run.perplexities}
-    tokenizer = AutoTokenizer.from_pretrained(family.folder, trust_remote_code=family.remote)
-    ids = torch.tensor(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"][: 2 * WINDOW])
-    ids = ids.view(2, WINDOW)
+    ids = tokens_of(family, text)
     original = logits(family, family.folder, ids)
     fake = logits(family, tmp_path / "out" / FAKE, ids)
     dense = CompressedTensorsConfig(dequantize=True)
@@ -88,3 +95,40 @@ def test_every_family_is_compressed(family_of, compress, text, tmp_path, name, s
     assert 0 < (fake - original).norm() / original.norm() < LARGEST[scheme]
     packed = {layer for block in run.metrics["blocks"] for layer in block["layers"]}
     assert packed == {name for own in family.block_subsets for subset in own for name in subset.linears}
+
+
+@pytest.mark.parametrize("name", ["gemma", "phi-qk-norm", "bigcode", "falcon-40b", "minicpm", "chatglm-layernorm"])
+def test_a_rotated_checkpoint_is_the_original(family_of, compress, text, tmp_path, name):
+    """Stored in float32. An offset of norms, a head with a bias or tied to the embedding, multi-query attention, norms
+    that subtract the mean."""
+    family = family_of(name, torch.float32)
+    quant = {"method": ["Quarot", "RTN"], **W4A16}
+    run = compress(family, ("save_trans", "save_vllm", "save_fake"), quant=quant)
+    found = {one.position: one.value for one in run.perplexities}
+    assert found["transformed"] == pytest.approx(found["pretrain"], rel=1e-5)
+    assert found["fake_quant"] != pytest.approx(found["pretrain"], rel=1e-4)
+    ids = tokens_of(family, text)
+    original, rotated = logits(family, family.folder, ids), logits(family, tmp_path / "out" / TRANS, ids)
+    torch.testing.assert_close(rotated, original, rtol=0, atol=1e-4 * original.abs().max().item())
+    dense = CompressedTensorsConfig(dequantize=True)
+    fake = logits(family, tmp_path / "out" / FAKE, ids)
+    assert torch.equal(logits(family, tmp_path / "out" / VLLM, ids, quantization_config=dense), fake)
+
+
+@pytest.mark.parametrize("name", ["chatglm", "smollm3", "bloom"])
+def test_a_model_with_fewer_blocks_loads(family_of, compress, text, tmp_path, name):
+    """Whose number of blocks is called otherwise, or whose configuration lists something of each."""
+    family = family_of(name)
+    run = compress(family, ("save_trans",), sparse={"method": "ShortGPT", "weight": {"n_prune_layers": 1}})
+    found = {one.position: one.value for one in run.perplexities}
+    ids = tokens_of(family, text)
+    smaller = logits(family, tmp_path / "out" / TRANS, ids)
+    assert found["transformed"] == pytest.approx(perplexity(smaller, ids), rel=1e-5)
+    assert found["transformed"] != pytest.approx(found["pretrain"], rel=1e-3)
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(family_of, compress):
+    family = family_of("internlm2")
+    with pytest.raises(CheckpointError) as refused:
+        compress(replace(family, remote=False), ("save_fake",), quant=RUNS["W8A8"])
+    assert "model.trust_remote_code: True" in refused.value.remedy
