@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from llmc.algorithms import awq
 from llmc.errors import ModelError
 from llmc.models import check_reorderable, find_adapter, residual_of
-from llmc.stream.attention import check_attention
+from llmc.stream.attention import CachedAttention, attending, check_attention
 from llmc.stream.calls import record, token_losses
 
 
@@ -25,10 +25,17 @@ def subsets_of(config: PreTrainedConfig):
     return adapter.subsets(config, model.get_submodule(adapter.blocks)[0])
 
 
-def test_attention_is_exchanged_where_it_can_be(family):
-    model = family.skeleton().model
+@torch.no_grad()
+def test_attention_is_exchanged_where_it_can_be(family, tokens):
+    """Token by token with a cache, it is what it was."""
+    model = family.model()
     if family.name not in OWN_ATTENTION:
         check_attention(model)
+        ids = tokens(2, 12)
+        expected = model(input_ids=ids, use_cache=False).logits
+        with attending(model, CachedAttention(None, decode=True)):
+            found = model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         return
     with pytest.raises(ModelError, match="attention of this model") as refused:
         check_attention(model)

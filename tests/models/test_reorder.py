@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import CONFIGS, change, logits, model_of, subsets_of
+from exact import CONFIGS, ROTARY, change, logits, model_of, subsets_of
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Starcoder2Config
 
 from llmc.errors import ModelError
 from llmc.models import (
@@ -21,6 +21,7 @@ from llmc.models import (
 )
 
 EVERY: dict[str, PretrainedConfig] = {name: config for name, config in CONFIGS.items() if name != "opt-post-norm"} | {
+    "starcoder2": Starcoder2Config(**ROTARY, num_key_value_heads=2),  # GELU absorbs no scale, but passes an order on
     "llama-tied": type(CONFIGS["llama-gqa"])(**{**CONFIGS["llama-gqa"].to_dict(), "tie_word_embeddings": True}),
 }
 
