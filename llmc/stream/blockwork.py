@@ -291,8 +291,9 @@ class BlockWork:
         schemes = self._schemes_of(subset)
         specs = {name: scheme.weight for name, scheme in schemes.items() if scheme.weight is not None}
         # Linears that are run as one share NVFP4's global scale.
-        weights = [self._linear(name).weight.detach() for name in specs]
-        specs = {name: bind_global_scale(spec, weights) for name, spec in specs.items()}
+        weights = {name: self._linear(name).weight.detach() for name in specs}
+        as_one = {name: [weights[other] for other in subset.fused_with(name) if other in weights] for name in specs}
+        specs = {name: bind_global_scale(spec, as_one[name]) for name, spec in specs.items()}
         return SubsetView(
             subset=subset,
             linears={name: self._linear(name) for name in subset.linears},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import words
+from cases import files_of, words
 from family_configs import CONFIGS
 from tiny import Tiny
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsC
 
 import llmc
 from llmc.errors import CheckpointError
+from llmc.run import Silent
+from llmc.stream.headers import read_headers
+from llmc.stream.source import read_tensor
 
 FAKE, VLLM, TRANS = "fake_quant_model", "vllm_quant_model", "transformed_model"
 WINDOW = 12
@@ -44,17 +47,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compress(text: Path, tmp_path: Path) -> Callable[..., llmc.Result]:
     """A run over a tiny checkpoint into the test's folder."""
 
-    def run(family: Tiny, save: tuple[str, ...], **sections: Any) -> llmc.Result:
+    def run(
+        family: Tiny, save: tuple[str, ...], folder: str = "out", listener: Silent | None = None, **sections: Any
+    ) -> llmc.Result:
         source = {"name": "text", "path": str(text), "bs": 2, "seq_len": WINDOW}
         content = {
             "base": {"seed": 42, "device": "cpu"},
             "model": {"path": str(family.folder), "torch_dtype": "float32", "trust_remote_code": family.remote},
             "calib": {**source, "n_samples": 4, "preproc": "sequential"},
             "eval": {**source, "num_chunks": 2, "eval_pos": ["pretrain", "transformed", "fake_quant"]},
-            "save": {"save_path": str(tmp_path / "out"), **dict.fromkeys(save, True)},
+            "save": {"save_path": str(tmp_path / folder), **dict.fromkeys(save, True)},
             **sections,
         }
-        return llmc.compress(content)
+        return llmc.compress(content, listener=listener)
 
     return run
 
@@ -132,3 +137,36 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(family_of, compress)
     with pytest.raises(CheckpointError) as refused:
         compress(replace(family, remote=False), ("save_fake",), quant=RUNS["W8A8"])
     assert "model.trust_remote_code: True" in refused.value.remedy
+
+
+class Killed(BaseException):
+    """As by SIGKILL: nothing of the run's own catches it."""
+
+
+class Fatal(Silent):
+    """Kills a run behind its first block."""
+
+    def block(self, index: int, row: dict[str, Any]) -> None:
+        raise Killed
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon-7b", "chatglm", "gemma3"])
+def test_a_killed_run_ends_with_the_same_bytes(family_of, compress, tmp_path, name):
+    """Where blocks return tuples, or are called in several ways."""
+    family = family_of(name)
+    options = {"save": ("save_vllm",), "quant": RUNS["W4A16"]}
+    calm = compress(family, folder="calm", **options)
+    with pytest.raises(Killed):
+        compress(family, folder="killed", listener=Fatal(), **options)
+    again = compress(family, folder="killed", **options)
+    assert [one.value for one in again.perplexities] == [one.value for one in calm.perplexities]
+    assert files_of(tmp_path / "killed" / VLLM) == files_of(tmp_path / "calm" / VLLM)
+
+
+def test_linears_side_by_side_share_a_global_scale_only_where_they_are_run_as_one(family_of, compress, tmp_path):
+    compress(family_of("phi"), ("save_vllm",), quant={"method": "RTN", "weight": {"bit": "nvfp4", "symmetric": True}})
+    scales = {}
+    for entry in read_headers(tmp_path / "out" / VLLM).values():
+        if ".layers.0." in entry.name and entry.name.endswith("weight_global_scale"):
+            scales[entry.name.split(".")[-2]] = read_tensor(entry).item()
+    assert scales["q_proj"] == scales["k_proj"] == scales["v_proj"] != scales["fc1"]
