@@ -12,6 +12,7 @@ import yaml
 from llmc.algorithms import ALGORITHMS, options_types
 from llmc.cli import export_parser, parser, verify_parser
 from llmc.config import load_config
+from llmc.models import ADAPTERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "configs" / "data" / "README.md"]
@@ -69,3 +70,10 @@ def test_a_method_has_a_page_with_all_its_options(algorithm):
     page = ROOT / "docs" / "methods" / f"{algorithm.name.lower()}.md"
     text = page.read_text(encoding="utf-8")
     assert [name for name in algorithm.options_type.model_fields if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
+def test_a_family_has_a_line_with_all_its_names(adapter):
+    lines = [line.split("|") for line in (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()]
+    cells = [[set(re.findall(r"`([^`]+)`", cell)) for cell in line[2:4]] for line in lines if len(line) == 7]
+    assert [set(adapter.model_types), {adapter.name, *adapter.aliases}] in cells

@@ -30,7 +30,8 @@ from .views import ClipRatios, SubsetView
 
 _RATIOS = 20  # alpha = 0, 1/20, ... 19/20
 _SHRINKS = 10  # the range shrinks by 0, 5, ... 45%
-_UNCLIPPED = ("q_proj", "k_proj", "query", "key", "Wqkv", "qkv")  # queries and keys multiply: their error isn't theirs
+# Queries and keys multiply: their error isn't theirs. The last two are fused.
+_UNCLIPPED = ("q_proj", "k_proj", "query", "key", "qkv", "c_attn")
 
 
 class AwqOptions(Options):

@@ -25,9 +25,12 @@ MICRO_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}  # formats that fix their
 FLOAT_BITS = ("e4m3", "e5m2", "e3m2", "e4m7", "e2m1", *MICRO_GROUPS)
 FOUR_IN_EIGHT = 48  # the number by which LLMC calls 4-bit weights whose group scales are 8-bit integers
 MODEL_TYPES = _words(
-    "auto Bloom ChatGLM DeepseekV2 DeepseekV3 Falcon Gemma2 GLM4V InternLM2 InternOmni InternVL2 Llama Llava LlavaHf "
-    "Llava_OneVision MiniCPM MiniCPMV Mistral Mixtral Mllama Opt Phi Phi3 Qwen Qwen2 Qwen2Audio Qwen2Moe Qwen2VL "
-    "SmolLM StableLm Starcoder VideoLLaVA Vila Vit"
+    "auto Bloom ChatGLM DeepseekV2 DeepseekV3 Falcon Gemma Gemma2 Gemma3 Glm Glm4 GptBigCode GptNeoX Granite InternLM2 "
+    "Llama Llama4 MiniCPM Mistral Mixtral OPT Olmo2 Opt Phi Phi3 Qwen Qwen2 Qwen2Moe Qwen3 SmolLM SmolLM3 StableLm "
+    "Starcoder Starcoder2"
+)
+_MULTIMODAL = _words(
+    "GLM4V InternOmni InternVL2 Llava LlavaHf Llava_OneVision MiniCPMV Mllama Qwen2Audio Qwen2VL VideoLLaVA Vila Vit"
 )
 TEXT_EVALS = ("wikitext2", "c4", "ptb", "text", "custom_ppl", "custom_gen")
 METHODS = _words(
@@ -259,6 +262,7 @@ _FOREIGN_NAMES = {
     "video_gen": "video generation",
     "WanI2V": "video generation",
     "WanT2V": "video generation",
+    **dict.fromkeys(_MULTIMODAL, "compressing models of images, video or sound"),
 }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from .adapter import Heads, ModelAdapter, Subset
-from .llama import feed_forward, residual
+from .llama import residual
 from .mixture import experts_of, mixture_subsets
+from .parts import gated
 
 _OUT = "self_attn.o_proj"
 _LATENT = "self_attn.kv_b_proj"
@@ -39,7 +40,7 @@ def subsets(config: Any, block: nn.Module) -> tuple[Subset, ...]:
     """The shared experts are one wider expert, which is run last."""
     experts = experts_of(block, "mlp.experts")
     if not experts:
-        return (*attention(config), *feed_forward())
+        return (*attention(config), *gated("post_attention_layernorm"))
     mixture = mixture_subsets(experts, prev="post_attention_layernorm", shared="mlp.shared_experts")
     return (*attention(config), *mixture)
 

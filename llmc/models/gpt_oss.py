@@ -6,8 +6,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .adapter import ModelAdapter, Subset
-from .llama import attention, residual
+from .llama import residual
 from .mixture import experts_of, mixture_subsets
+from .parts import attention
 
 
 def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
@@ -18,7 +19,7 @@ def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
         also=("mlp.router",),
         up_passes=False,
     )
-    return (*attention(), *mixture)
+    return (*attention("input_layernorm"), *mixture)
 
 
 GPT_OSS = ModelAdapter("GptOss", ("gpt_oss",), "model.layers", ("model.norm", "lm_head"), subsets, residual=residual)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..errors import ModelError
 from .adapter import ModelAdapter, Residual, Subset
+from .parts import unrotatable
 
 
 def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
@@ -37,7 +37,7 @@ def residual(config: PretrainedConfig) -> Residual:
     else:
         before = ("model.decoder.embed_tokens", "model.decoder.embed_positions")
         return Residual(before, "model.decoder.final_layer_norm", ("lm_head",), keeps_mean=True)
-    raise ModelError(f"the residual of this OPT model can't be rotated: {reason}", "use a method without a rotation")
+    raise unrotatable("OPT", reason)
 
 
 OPT = ModelAdapter(

@@ -8,8 +8,8 @@ from transformers import PretrainedConfig
 
 from ..errors import ModelError
 from .adapter import ModelAdapter, Residual, Subset
-from .llama import attention, feed_forward
 from .mixture import experts_of, mixture_subsets
+from .parts import attention, gated
 
 _NORM = "post_attention_layernorm"
 _INPUTS = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba")
@@ -23,10 +23,10 @@ def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
         Subset(_INPUTS, "input_layernorm", "linear_attn", writes="inner", offset=1.0, fused=_APART),
         Subset((_OUTPUT,), None, _OUTPUT, reads="inner", writes="residual"),
     )
-    first = linear if hasattr(block, "linear_attn") else attention(offset=1.0)
+    first = linear if hasattr(block, "linear_attn") else attention("input_layernorm", offset=1.0)
     experts = experts_of(block, "mlp.experts")
     if not experts:
-        return (*first, *feed_forward(offset=1.0))
+        return (*first, *gated(_NORM, offset=1.0))
     mixture = mixture_subsets(
         experts,
         prev=_NORM,

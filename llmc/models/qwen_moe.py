@@ -7,8 +7,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .adapter import ModelAdapter, Subset
-from .llama import attention, feed_forward, residual
+from .llama import residual
 from .mixture import experts_of, mixture_subsets
+from .parts import attention, gated
 
 _NORM = "post_attention_layernorm"
 _SHARED = "mlp.shared_expert"
@@ -18,15 +19,18 @@ def subsets2(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
     """Of Qwen2-MoE."""
     experts = experts_of(block, "mlp.experts")
     if not experts:
-        return (*attention(), *feed_forward())
+        return (*attention("input_layernorm"), *gated(_NORM))
     also = ("mlp.gate", "mlp.shared_expert_gate")
-    return (*attention(), *mixture_subsets(experts, prev=_NORM, also=also, shared=_SHARED, shared_first=True))
+    return (
+        *attention("input_layernorm"),
+        *mixture_subsets(experts, prev=_NORM, also=also, shared=_SHARED, shared_first=True),
+    )
 
 
 def subsets3(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
     """Of Qwen3-MoE."""
     experts = experts_of(block, "mlp.experts")
-    return (*attention(), *(mixture_subsets(experts, prev=_NORM) if experts else feed_forward()))
+    return (*attention("input_layernorm"), *(mixture_subsets(experts, prev=_NORM) if experts else gated(_NORM)))
 
 
 _HEAD = ("model.norm", "lm_head")

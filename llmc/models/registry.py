@@ -4,21 +4,34 @@ from __future__ import annotations
 
 from ..errors import ModelError
 from .adapter import ModelAdapter
+from .bloom import BLOOM
 from .deepseek import DEEPSEEK2, DEEPSEEK3
+from .falcon import FALCON
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .glm import CHATGLM, GLM, GLM4
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .gpt_oss import GPT_OSS
+from .internlm import INTERNLM2
 from .llama import LLAMA
 from .llama4 import LLAMA4
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
+from .olmo import OLMO2
 from .opt import OPT
-from .qwen import QWEN2, QWEN3
+from .phi import PHI, PHI3
+from .qwen import QWEN, QWEN2, QWEN3
 from .qwen3_next import QWEN3_NEXT
 from .qwen_moe import QWEN2_MOE, QWEN3_MOE
+from .siblings import GRANITE, MINICPM, SMOLLM3
+from .stablelm import STABLELM
+from .starcoder import BIGCODE, STARCODER2
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
-    *(LLAMA, LLAMA4, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, QWEN3_NEXT, OPT),
-    *(DEEPSEEK2, DEEPSEEK3, GPT2, GPT_OSS),
+    *(LLAMA, LLAMA4, MISTRAL, QWEN, QWEN2, QWEN3, SMOLLM3, GRANITE, MINICPM, INTERNLM2),
+    *(GEMMA, GEMMA2, GEMMA3, PHI, PHI3, GLM, GLM4, CHATGLM, OLMO2, STABLELM),
+    *(OPT, BLOOM, FALCON, GPT_NEOX, BIGCODE, STARCODER2, GPT2),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, DEEPSEEK2, DEEPSEEK3, GPT_OSS),
 )
 
 
@@ -30,9 +43,8 @@ def find_adapter(requested: str, model_type: str) -> ModelAdapter:
     """
     serving = next((a for a in ADAPTERS if model_type in a.model_types), None)
     if serving is None:
-        known = ", ".join(sorted(t for a in ADAPTERS for t in a.model_types))
         raise ModelError(
-            f"no adapter for the architecture '{model_type}' (known: {known})",
+            f"no adapter for the architecture '{model_type}'; known are {known_architectures()}",
             "an adapter is one short file: copy llmc/models/llama.py, name the blocks and the Linears that share an "
             "input, and add it to ADAPTERS in llmc/models/registry.py",
         )
@@ -42,3 +54,12 @@ def find_adapter(requested: str, model_type: str) -> ModelAdapter:
         f"model.type is '{requested}', but the checkpoint is a '{model_type}' model",
         f"set model.type to '{serving.name}', or to 'auto'",
     )
+
+
+def known_architectures() -> str:
+    """Every ``model_type`` with an adapter, those that begin alike together: ``llama, llama4_text; opt``."""
+    groups: dict[str, list[str]] = {}
+    for model_type in sorted(name for adapter in ADAPTERS for name in adapter.model_types):
+        stem = next((stem for stem in groups if model_type.startswith(stem)), model_type.rstrip("0123456789"))
+        groups.setdefault(stem, []).append(model_type)
+    return "; ".join(", ".join(names) for names in groups.values())

@@ -49,12 +49,14 @@ def check_reorderable(subsets: Sequence[Subset]) -> None:
     Raises:
         ModelError: says why.
     """
-    behind_norms = all(subset.prev is not None for subset in subsets)
+    behind_norms = all(subset.prev is not None for subset in subsets if subset.reads == "residual")
     spaces = sorted((subset.reads, str(subset.writes)) for subset in subsets)
     if any(subset.rows is not None for subset in subsets):
         reason = "its queries, keys and values come from one Linear, whose rows it would take apart"
     elif not behind_norms:
         reason = "its norms stand behind each branch, so that nothing in front of it could write in another order"
+    elif any(subset.rows is not None for subset in subsets):
+        reason = "one of its Linears makes several tensors, each of which would need an order of its own"
     elif spaces != [("ffn", "residual"), ("heads", "residual"), ("residual", "ffn"), ("residual", "heads")]:
         reason = "it isn't one attention and one feed-forward part, each behind a norm"
     else:

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_PER_BLOCK = ("layer_types", "mlp_layer_types")  # keys of config.json that list something of every block
+_PER_BLOCK = (
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+)  # keys of config.json that list something of every block
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ class BlockSelection:
         """
         if not self.dropped:
             return dict(content)
-        changed: dict[str, Any] = {model.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(self.kept)}
         known = model.to_dict()
+        name = model.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        count = name if name in known else "num_layers"  # ChatGLM's
+        changed: dict[str, Any] = {count: len(self.kept)}
         for key in _PER_BLOCK:
             if isinstance(known.get(key), list | tuple):
                 changed[key] = [known[key][index] for index in self.kept]

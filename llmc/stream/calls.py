@@ -1,7 +1,8 @@
 """How the model calls its blocks, learned from one dry forward of its own code, and its head run the same way.
 
 Every block is replaced by a recorder that remembers its arguments and returns the hidden state unchanged. Blocks may be
-called differently (sliding and full attention, several rope sets): the arguments are kept for each.
+called differently (sliding and full attention, several rope sets): the arguments are kept for each. Some models expect
+a tensor of their blocks, others a tuple: a recorder's output is both.
 """
 
 from __future__ import annotations
@@ -38,13 +39,35 @@ class _LastBlock(Exception):
     """Ends a dry forward behind the last block."""
 
 
+class _Output(Tensor):
+    """What a recorder returns: a tensor, and to a model that expects a tuple, one whose first element is that tensor.
+
+    The element is the very tensor that ``of`` got. Every operation takes an output for what it is, a plain tensor.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    first: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor) -> _Output:
+        output = hidden.as_subclass(cls)
+        output.first = hidden
+        return output
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.first if isinstance(index, int) and index == 0 else self.first[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.first, None))
+
+
 class _Recorder(nn.Module):
     """Stands in for a block; whatever else the model asks of it, the real block answers."""
 
     def __init__(self, real: nn.Module, returned: Tensor | None, *, last: bool) -> None:
         super().__init__()
         self.__dict__["real"] = real
-        self.returned, self.last = returned, last
+        self.returned, self.last = None if returned is None else _Output.of(returned), last
         self.call: Call | None = None
         self.hidden: Tensor | None = None
 
@@ -55,13 +78,13 @@ class _Recorder(nn.Module):
             return getattr(self.__dict__["real"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.hidden = hidden_states
+        self.hidden = hidden_states.first if isinstance(hidden_states, _Output) else hidden_states
         self.call = Call(args, kwargs)
         if self.returned is not None:
             return self.returned
         if self.last:
             raise _LastBlock
-        return hidden_states
+        return _Output.of(self.hidden)
 
 
 @contextmanager
@@ -89,13 +112,19 @@ def record(skeleton: Skeleton, tokens: Tensor) -> Recorded:
     """Run the model's own code around its blocks on ``tokens`` ``[batch, tokens]``.
 
     Raises:
-        ModelError: code between two blocks changes the hidden state, which a pass over blocks would lose.
+        ModelError: code between two blocks changes the hidden state, which a pass over blocks would lose; or that isn't
+            ``[batch, tokens, hidden]``.
     """
     with _recording(skeleton.blocks, None) as recorders, suppress(_LastBlock):
         skeleton.model(input_ids=tokens, use_cache=False)
     first = recorders[0].hidden
     if first is None:
         raise ModelError("the model never called its blocks", "the adapter's path of the blocks must be wrong")
+    if first.shape[:-1] != tokens.shape:
+        raise ModelError(
+            f"the hidden state of {list(tokens.shape)} tokens is {list(first.shape)}, not [batch, tokens, hidden]",
+            "this is older code of the model's authors: look for a checkpoint that comes with newer one",
+        )
     for index, recorder in enumerate(recorders):
         if recorder.hidden is not first:
             raise ModelError(

@@ -28,8 +28,8 @@ class Unit:
 
 
 def transformed_units(subsets: Iterable[Subset]) -> list[Unit]:
-    """What a transform is shown: what one norm feeds is whole, while each expert's last Linear has its own ``prev``."""
-    return [_split(one) if one.prev is not None and "*" in one.prev else Unit(one, (one,)) for one in subsets]
+    """What a transform is shown: what one norm feeds is whole, while each expert's last Linear is on its own."""
+    return [_split(one) if "*" in one.inspect else Unit(one, (one,)) for one in subsets]
 
 
 def solved_units(subsets: Sequence[Subset]) -> list[Unit]:

@@ -53,7 +53,9 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as problem:
-        raise CheckpointError(f"{folder}/config.json can't be used: {problem}", "check model.path") from problem
+        brings_code = "trust_remote_code" in str(problem)
+        remedy = "set model.trust_remote_code: True if you trust the code in it" if brings_code else "check model.path"
+        raise CheckpointError(f"{folder}/config.json can't be used: {problem}", remedy) from problem
     if not isinstance(config, PretrainedConfig):
         raise CheckpointError(f"{folder}/config.json isn't a model's configuration", "check model.path")
     for of in (config, config.get_text_config()):
@@ -86,7 +88,7 @@ def anatomy(folder: Path) -> Anatomy:
         CheckpointError: Transformers doesn't understand it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)
         auto: Any = AutoModelForCausalLM
         with unheaped(), init_empty_weights(include_buffers=False):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact import CONFIGS, change, model_of, subsets_of
-from torch import Tensor, nn
+from exact import CONFIGS, change, fold, model_of, output_of, subsets_of
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmc.models import Heads, ScaleRule, Subset, find_adapter, fold_scale, fold_shift, heads_of, scale_rule, smoothed
@@ -15,29 +15,8 @@ def block_of(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule(find_adapter("auto", model.config.model_type).blocks)[0]
 
 
-@torch.no_grad()
-def output_of(model: PreTrainedModel) -> Tensor:
-    """The first block's output in a run of the model's own code."""
-    outputs = []
-    hook = block_of(model).register_forward_hook(lambda module, args, output: outputs.append(output))
-    model(torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1)))
-    hook.remove()
-    return outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
-
-
 def foldable(config: PretrainedConfig) -> list[Subset]:
     return [subset for subset in subsets_of(config) if subset.prev is not None]
-
-
-def fold(model: PreTrainedModel, subset: Subset, stored: torch.dtype, seed: int = 0) -> None:
-    """Fold random scales between 1/8 and 8."""
-    block, heads = block_of(model), heads_of(model.config)
-    prev = block.get_submodule(subset.prev)
-    linears = [block.get_submodule(name) for name in subset.linears]
-    columns = linears[0].weight.shape[1]
-    rule = scale_rule(subset, prev, columns, heads, allow_gqa=True)
-    exponents = torch.rand(columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 6 - 3
-    fold_scale(prev, linears, rule.tie(torch.exp2(exponents)), rule, stored)
 
 
 CASES = [

@@ -5,10 +5,17 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from llmc.config.legacy import MODEL_TYPES
 from llmc.errors import ModelError
 from llmc.models import ADAPTERS, find_adapter, heads_of
 
-NAMES = {"Llama": "llama", "SmolLM": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3", "Opt": "opt"}
+NAMES = {
+    **{"Llama": "llama", "SmolLM": "llama", "Mistral": "mistral", "Opt": "opt", "Bloom": "bloom", "Falcon": "falcon"},
+    **{"Qwen": "qwen", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma2": "gemma2", "Phi": "phi", "Phi3": "phi3"},
+    **{"ChatGLM": "chatglm", "InternLM2": "internlm2", "MiniCPM": "minicpm", "StableLm": "stablelm"},
+    "Starcoder": "starcoder2",
+}
+SHARED = {"Starcoder"}  # LLMC's name of both generations
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
@@ -28,8 +35,12 @@ def test_the_names_of_llmc_are_known(name, model_type):
     assert model_type in find_adapter(name, model_type).model_types
 
 
+def test_a_configuration_may_say_every_name():
+    assert {name for adapter in ADAPTERS for name in (adapter.name, *adapter.aliases)} <= set(MODEL_TYPES)
+
+
 def test_no_name_or_model_type_is_given_twice():
-    names = [name for adapter in ADAPTERS for name in (adapter.name, *adapter.aliases)]
+    names = [name for adapter in ADAPTERS for name in {adapter.name, *adapter.aliases} - SHARED]
     model_types = [model_type for adapter in ADAPTERS for model_type in adapter.model_types]
     assert len(set(names)) == len(names)
     assert len(set(model_types)) == len(model_types)
@@ -39,7 +50,11 @@ def test_no_name_or_model_type_is_given_twice():
 def test_an_unknown_architecture_says_how_to_add_one(requested):
     with pytest.raises(ModelError, match="no adapter for the architecture 'mamba'") as caught:
         find_adapter(requested, "mamba")
-    assert "known: gpt2, llama, mistral, opt, qwen2, qwen3" in caught.value.message
+    known = caught.value.message.partition("known are ")[2].split("; ")
+    assert {"llama, llama4_text", "gemma, gemma2, gemma3_text", "opt", "phi, phi3", "qwen, qwen2, qwen3"} <= set(known)
+    types = [model_type for adapter in ADAPTERS for model_type in adapter.model_types]
+    assert sorted(", ".join(known).split(", ")) == sorted(types)
+    assert len(known) < len(types)
     assert "ADAPTERS in llmc/models/registry.py" in caught.value.remedy
 
 

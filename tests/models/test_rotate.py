@@ -6,21 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from exact import CONFIGS, change, model_of, subsets_of
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from exact import CONFIGS, change, logits, model_of, rotate, subsets_of
+from torch import Tensor
+from transformers import PretrainedConfig
 
 from llmc.errors import ModelError
 from llmc.linalg import OnlineRotation, hadamard, make_rotation
 from llmc.models import (
-    ADAPTERS,
     find_adapter,
     fold_scale,
     heads_of,
     residual_of,
-    rotate_block,
-    rotate_embedding,
-    rotate_head,
     scale_rule,
 )
 
@@ -37,35 +33,6 @@ EVERY = {name: variant(name) for name in CONFIGS if name != "opt-post-norm"} | {
     "opt-untied": variant("opt", tie_word_embeddings=False),
     "opt-without-biases": variant("opt", enable_bias=False),
 }
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> Tensor:
-    return model(torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(1)), use_cache=False).logits
-
-
-@torch.no_grad()
-def rotate(
-    model: PreTrainedModel, seed: int = 0, *, random: bool = False, online: OnlineRotation | None = None
-) -> None:
-    """What a run does to a model, with all of it in memory."""
-    config = model.config
-    adapter = find_adapter("auto", config.model_type)
-    declared = residual_of(adapter, config, subsets_of(config))
-    options = {"random": random, "keeps_mean": declared.keeps_mean}
-    rotation = make_rotation(config.hidden_size, seed, **options)
-    heads = heads_of(config)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    edges = [name for name in weights if not name.startswith(f"{adapter.blocks}.")]
-    behind = {name for name in edges if any(name.startswith(f"{part}.") for part in adapter.head)}
-    front = rotate_embedding({name: weights[name] for name in edges if name not in behind}, declared, rotation)
-    head = rotate_head({name: weights[name] for name in behind}, declared, rotation)
-    for name, tensor in {**front, **head}.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
-    for index, block in enumerate(model.get_submodule(adapter.blocks)):
-        values = make_rotation(heads.dim, seed + 1 + index, random=random)
-        rotate_block(block, adapter.subsets(config, block), heads, rotation, values, online)
 
 
 @pytest.mark.parametrize("random", [False, True])
@@ -132,13 +99,11 @@ def test_norms_are_left_bare(name):
                 assert bias.unique().tolist() in ([0.0], [1.0])
 
 
-def test_a_rotation_that_moves_the_mean_would_change_a_model_with_layer_norms(monkeypatch):
+def test_a_rotation_that_moves_the_mean_would_change_a_model_with_layer_norms():
     model = model_of(CONFIGS["opt"])
     before = logits(model)
     opt = find_adapter("auto", "opt")
-    moving = replace(opt, residual=lambda config: replace(opt.residual(config), keeps_mean=False))
-    monkeypatch.setattr("test_rotate.find_adapter", lambda *_: moving)
-    rotate(model)
+    rotate(model, adapter=replace(opt, residual=lambda config: replace(opt.residual(config), keeps_mean=False)))
     assert change(before, logits(model)) > 1e-2
 
 
@@ -212,9 +177,3 @@ def test_an_adapter_that_declares_too_little_is_refused():
             residual_of(adapter, config, subsets)
     with pytest.raises(ModelError, match=r"self_attn\.q_proj reads the residual, but no norm"):
         residual_of(llama, config, without(prev=None))
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
-def test_every_adapter_declares_its_residual(adapter):
-    config: PretrainedConfig = next(c for c in CONFIGS.values() if c.model_type in adapter.model_types)
-    assert residual_of(adapter, config, subsets_of(config)).readers == ("lm_head",)
