@@ -6,6 +6,7 @@ block of columns at a time, from the weights as all updates so far have left the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,10 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..linalg import InverseFactor, input_factor, replace_columns
+from ..linalg import InverseFactor, input_factors, replace_columns
 from ..linalg.columns import TILE
 from ..quant import Sparsity, lowest, prune_mask
 from .base import Algorithm, Needs, Options
+from .columnwise import chunks
 from .stats import relative_error
 from .views import LayerNote, SubsetView
 
@@ -53,25 +55,56 @@ class SparseGPT(Algorithm):
 
     def subset(self, view: SubsetView) -> None:
         """Prune each Linear along the shared factor; by magnitude where no damping makes the Hessian regular."""
-        if view.stats.gram is None:
-            raise ValueError("SparseGPT needs the Gram matrix of its inputs")
-        if not view.sparsity:
-            return
-        gram = view.stats.gram.matrix
-        reached = view.stats.gram.tokens > 0
-        factor = input_factor(gram, self.options.percdamp) if reached else None
-        dead = gram.diagonal() == 0
-        for name, sparsity in view.sparsity.items():
-            weight = view.linears[name].weight.detach().float()
-            if factor is None:
-                mask = prune_mask(weight.abs(), sparsity, compare="all")
-                cause = "the Hessian could not be factored at any damping" if reached else "no calibration token"
-                why = f"{cause}: pruned by magnitude"
-                note = LayerNote(relative_error(weight, weight.masked_fill(mask, 0), None), fallback=why)
-                view.prune(name, weight, mask, note)
-            else:
-                solved, mask = solve(weight.masked_fill(dead, 0), factor, sparsity, self.options.blocksize)
-                view.prune(name, solved, mask, LayerNote(relative_error(weight, solved, gram), damp=factor.damp))
+        self.solve([view])
+
+    def solve(self, views: Sequence[SubsetView]) -> None:
+        """The same for several subsets: what is alike in shape goes through one column loop."""
+        alike: dict[tuple[tuple[torch.Size, Sparsity], ...], list[SubsetView]] = {}
+        for view in views:
+            if view.stats.gram is None:
+                raise ValueError("SparseGPT needs the Gram matrix of its inputs")
+            shares = tuple((view.linears[name].weight.shape, share) for name, share in view.sparsity.items())
+            if shares and view.stats.gram.tokens == 0:
+                _by_magnitude(view, "no calibration token")
+            elif shares:
+                alike.setdefault(shares, []).append(view)
+        for shares, group in alike.items():
+            elements = group[0].columns * (group[0].columns + max(shape[0] for shape, _ in shares))
+            for chunk in chunks(group, elements, _gram(group[0]).device):
+                self._solve(chunk)
+
+    def _solve(self, views: Sequence[SubsetView]) -> None:
+        factors = input_factors([_gram(view) for view in views], self.options.percdamp)
+        factored = [views[index] for index in factors.found]
+        for view in (view for view, damp in zip(views, factors.damps, strict=True) if damp is None):
+            _by_magnitude(view, "the Hessian could not be factored at any damping")
+        damps = [damp for damp in factors.damps if damp is not None]
+        for names in zip(*(view.sparsity for view in factored), strict=True):
+            sparsity = factored[0].sparsity[names[0]]
+            weights = [
+                view.linears[name].weight.detach().float().masked_fill(_gram(view).diagonal() == 0, 0)
+                for view, name in zip(factored, names, strict=True)
+            ]
+            found = solve_all(weights, factors.upper, sparsity, self.options.blocksize)
+            for view, name, damp, (solved, mask) in zip(factored, names, damps, found, strict=True):
+                error = relative_error(view.linears[name].weight.detach().float(), solved, _gram(view))
+                view.prune(name, solved, mask, LayerNote(error, damp=damp))
+
+
+def _gram(view: SubsetView) -> Tensor:
+    if view.stats.gram is None:
+        raise ValueError("SparseGPT needs the Gram matrix of its inputs")
+    return view.stats.gram.matrix
+
+
+def _by_magnitude(view: SubsetView, cause: str) -> None:
+    for name, sparsity in view.sparsity.items():
+        weight = view.linears[name].weight.detach().float()
+        mask = prune_mask(weight.abs(), sparsity, compare="all")
+        note = LayerNote(
+            relative_error(weight, weight.masked_fill(mask, 0), None), fallback=f"{cause}: pruned by magnitude"
+        )
+        view.prune(name, weight, mask, note)
 
 
 @dataclass
@@ -79,10 +112,10 @@ class _Pruning:
     """What SparseGPT makes of a column: the same, without the weights whose loss costs least.
 
     Attributes:
-        work: the updated weight, ``[in, out]``.
-        pivots: ``[in, 1]``, the factor's diagonal.
+        work: the updated weights, ``[in, matrices, out]``.
+        pivots: ``[in, matrices, 1]``, the factors' diagonals.
         sparsity: how much is pruned.
-        mask: ``[in, out]``, found so far.
+        mask: ``[in, matrices, out]``, found so far.
     """
 
     work: Tensor
@@ -93,44 +126,53 @@ class _Pruning:
     def begin(self, start: int, stop: int) -> None:
         """Choose the block's mask: its weights compete over all rows. A pattern's runs wait for the last updates."""
         if self.sparsity.pattern is None:
-            score = self._score(start, stop).reshape(1, -1)
-            found = lowest(score, self.sparsity.count(score.shape[1]))
-            self.mask[start:stop] = found.reshape(self.work.shape[1], -1).T
+            score = self._score(start, stop)
+            found = lowest(score.flatten(1), self.sparsity.count(score[0].numel()))
+            self.mask[start:stop] = found.view(score.shape).permute(2, 0, 1)
 
     def replace(self, column: int) -> Tensor:
         """The column with zeros; in front of a run, choose the run's mask."""
         if self.sparsity.pattern is not None and column % self.sparsity.pattern[1] == 0:
             zeros, of = self.sparsity.pattern
-            self.mask[column : column + of] = lowest(self._score(column, column + of), zeros).T
+            score = self._score(column, column + of)
+            self.mask[column : column + of] = lowest(score.flatten(0, 1), zeros).view(score.shape).permute(2, 0, 1)
         return self.work[column].masked_fill(self.mask[column], 0)
 
     def _score(self, start: int, stop: int) -> Tensor:
-        """The loss of each weight, ``w² / U_jj²``, as ``[out, stop - start]``."""
-        return (self.work[start:stop] / self.pivots[start:stop]).square_().T
+        """The loss of each weight, ``w² / U_jj²``, as ``[matrices, out, stop - start]``."""
+        return (self.work[start:stop] / self.pivots[start:stop]).square_().permute(1, 2, 0)
 
 
 def solve(weight: Tensor, factor: InverseFactor, sparsity: Sparsity, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Prune ``weight`` ``[out, in]`` (float32) against the inverse Hessian of its inputs.
+    """``solve_all`` of one weight ``[out, in]``."""
+    return solve_all([weight], factor.upper[None], sparsity, blocksize)[0]
+
+
+def solve_all(
+    weights: Sequence[Tensor], upper: Tensor, sparsity: Sparsity, blocksize: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Prune weights of one shape, each against the inverse Hessian of its own inputs.
 
     Args:
-        weight: float32; 0 where the input channel is always 0.
-        factor: ``U`` with ``UᵀU`` the damped inverse.
+        weights: ``[out, in]`` float32; 0 where the input channel is always 0.
+        upper: ``U`` of each, ``[matrices, in, in]``, with ``UᵀU`` the damped inverse.
         sparsity: how much; of a run of a pattern as many in every row, else of each block as many over all rows.
         blocksize: columns whose mask is chosen at once. With a pattern it changes nothing but rounding.
 
     Returns:
-        The weight with its zeros, and the mask of them.
+        Each weight with its zeros, and the mask of them.
 
     Raises:
         ValueError: the pattern's length doesn't divide the number of input channels.
     """
-    run = 1 if sparsity.pattern is None else sparsity.pattern[1]
-    if weight.shape[1] % run:
-        raise ValueError(f"runs of {run} don't divide {weight.shape[1]} input channels")
+    run, columns = 1 if sparsity.pattern is None else sparsity.pattern[1], weights[0].shape[1]
+    if columns % run:
+        raise ValueError(f"runs of {run} don't divide {columns} input channels")
     # A run must have got every update when its mask is chosen, so it may not straddle a tile.
     tile, block = run * max(1, TILE // run), run * max(1, blocksize // run)
-    work = weight.T.clone(memory_format=torch.contiguous_format)
+    work = torch.stack([weight.T for weight in weights], dim=1)
     mask = torch.zeros_like(work, dtype=torch.bool)
-    rule = _Pruning(work, factor.upper.diagonal()[:, None], sparsity, mask)
-    replace_columns(work, factor.upper, rule, block=block, tile=tile)
-    return work.masked_fill_(mask, 0).T.contiguous(), mask.T.contiguous()
+    rule = _Pruning(work, upper.diagonal(dim1=1, dim2=2).T[..., None], sparsity, mask)
+    replace_columns(work, upper, rule, block=block, tile=tile)
+    work.masked_fill_(mask, 0)
+    return [(work[:, index].T.contiguous(), mask[:, index].T.contiguous()) for index in range(len(weights))]

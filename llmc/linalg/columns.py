@@ -1,4 +1,8 @@
-"""Optimal brain surgery column by column: what one column loses, the columns behind it make up for."""
+"""Optimal brain surgery column by column: what one column loses, the columns behind it make up for.
+
+Several matrices of one shape, each with inputs of its own, are walked through together: a step costs one call however
+many they are.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ TILE = 32  # columns whose mutual updates stay in cache
 
 
 class ColumnRule(Protocol):
-    """Decides what the columns of a weight become. It reads them, updated so far, from the ``work`` it was made with.
+    """Decides what the columns of weights become. It reads them, updated so far, from the ``work`` it was made with.
 
     A column is updated at once within its tile, behind the tile within its block, behind the block beyond.
     """
@@ -20,7 +24,7 @@ class ColumnRule(Protocol):
         ...
 
     def replace(self, column: int) -> Tensor:
-        """The final values ``[out]`` of a column, in a tensor that may be overwritten."""
+        """The final values ``[matrices, out]`` of a column, in a tensor that may be overwritten."""
         ...
 
 
@@ -32,23 +36,36 @@ def replace_columns(work: Tensor, upper: Tensor, rule: ColumnRule, *, block: int
     of SparseGPT, Frantar and Alistarh 2023).
 
     Args:
-        work: the weight with its columns as rows, ``[in, out]``; holds afterwards what the rule saw of each column.
-        upper: ``U``, ``[in, in]``.
+        work: the weights with their columns in front, ``[in, matrices, out]``, so that a column of all of them is
+            contiguous; holds afterwards what the rule saw of each column.
+        upper: ``U`` of each matrix, ``[matrices, in, in]``.
         rule: the rule.
         block: columns between two updates of all the rest.
         tile: columns between two updates of the rest of the block.
     """
-    pivots, columns = upper.diagonal().tolist(), len(work)
+    columns = len(work)
+    # Tensors, not numbers: dividing by a number would multiply by its reciprocal on a GPU.
+    pivots = upper.diagonal(dim1=1, dim2=2).T.neg()[..., None].unbind()
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         rule.begin(start, stop)
-        errors = work.new_empty(stop - start, work.shape[1])
+        errors = work.new_empty(stop - start, *work.shape[1:])
         for tile_start in range(start, stop, tile):
             tile_stop = min(tile_start + tile, stop)
+            corner = upper[:, tile_start:tile_stop, tile_start:tile_stop].permute(1, 2, 0)[..., None]
             for column in range(tile_start, tile_stop):
-                error = rule.replace(column).sub_(work[column]).div_(-pivots[column])
+                error = rule.replace(column).sub_(work[column]).div_(pivots[column])
                 errors[column - start] = error
-                work[column + 1 : tile_stop].addr_(upper[column, column + 1 : tile_stop], error, alpha=-1)
+                weights = corner[column - tile_start, column + 1 - tile_start :]
+                work[column + 1 : tile_stop].addcmul_(weights, error[None], value=-1)
             done = errors[tile_start - start : tile_stop - start]
-            work[tile_stop:stop].addmm_(upper[tile_start:tile_stop, tile_stop:stop].T, done, alpha=-1)
-        work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+            _subtract(work[tile_stop:stop], upper[:, tile_start:tile_stop, tile_stop:stop], done)
+        _subtract(work[stop:], upper[:, start:stop, stop:], errors)
+
+
+def _subtract(rest: Tensor, weights: Tensor, errors: Tensor) -> None:
+    """``rest`` ``[m, matrices, out]`` less ``errors`` ``[n, matrices, out]``, weighted by ``[matrices, n, m]``."""
+    if len(weights) == 1:  # a batch of one may go through another kernel, which would round differently
+        rest[:, 0].addmm_(weights[0].T, errors[:, 0], alpha=-1)
+    else:
+        rest.transpose(0, 1).baddbmm_(weights.mT, errors.transpose(0, 1), alpha=-1)

@@ -65,13 +65,14 @@ def test_both_evaluated_models_are_the_deployed_ones(checkpoint, passes, family)
 @pytest.mark.parametrize("forward", ["staged", "replay"])
 def test_statistics_are_of_the_rotated_input(llama, passes, monkeypatch, forward):
     """In the first block nothing else differs from a run without."""
-    solve, seen = GPTQ.subset, []
+    solve, seen = GPTQ.solve, []
 
-    def spy(self: GPTQ, view: Any) -> None:
+    def spy(self: GPTQ, views: Any) -> None:
+        (view,) = views
         seen.append((view.subset.linears, view.stats.gram.matrix.double()))
-        solve(self, view)
+        solve(self, views)
 
-    monkeypatch.setattr(GPTQ, "subset", spy)
+    monkeypatch.setattr(GPTQ, "solve", spy)
     grams = {}
     for name, options in (("online", ONLINE), ("offline", {})):
         passes(llama, method="Quarot+GPTQ", options=options, forward=forward, formats=(FakeQuant,)).run()
