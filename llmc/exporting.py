@@ -18,7 +18,6 @@ from .config.suggest import did_you_mean
 from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, check_shard
 from .models import BlockSelection
-from .models.layouts import layout_of
 from .models.mixture import in_solving_order
 from .plan import original_bytes
 from .prepare import Prepared, check_exporters, prepare, source_of
@@ -275,8 +274,8 @@ def _sink(folder: Path, exporter: Exporter, selection: BlockSelection) -> Sink:
 
 
 def _exporter(kind: type[Exporter], prepared: Prepared, recipe: Recipe, layers: Sequence[Layer]) -> Exporter:
-    layout = layout_of(prepared.skeleton.model.config.model_type)
-    return exporters_of([kind], recipe, layers, prepared.stored, prepared.skeleton.model.dtype, layout)[0]
+    compute = prepared.skeleton.model.dtype
+    return exporters_of([kind], recipe, layers, prepared.stored, compute, prepared.layout)[0]
 
 
 # --- one format ----------------------------------------------------------------------------------------------------

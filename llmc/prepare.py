@@ -18,7 +18,7 @@ from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer, Source
 from .models import Heads, ModelAdapter, Subset, check_reorderable, find_adapter, residual_of
 from .models.experts import HostMemory
-from .models.layouts import layout_of
+from .models.layouts import StoredLayout, layout_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, largest_block, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
@@ -91,6 +91,11 @@ class Prepared:
     def entries(self) -> Mapping[str, DenseEntry]:
         """The checkpoint's tensors as they are once they're decoded."""
         return self.checkpoint.entries
+
+    @property
+    def layout(self) -> StoredLayout | None:
+        """How the model's own checkpoints hold its Linears."""
+        return layout_of(self.skeleton.model.config.model_type)
 
 
 def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:

@@ -184,7 +184,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
         "configuration": json.dumps(resolved, sort_keys=True),
         "calibration text": tokens_digest(prepared.calib),
         "evaluation text": tokens_digest([one.windows.tokens for one in prepared.evaluations]),
-        "checkpoint": headers_digest(prepared.checkpoint.stored),
+        "checkpoint": headers_digest(prepared.checkpoint.stored) + prepared.checkpoint.says,
         "set of library versions": json.dumps(versions(), sort_keys=True),
     }
 

@@ -238,7 +238,7 @@ class Skeleton:
         Raises:
             CheckpointError: a shape or name doesn't fit the configuration.
         """
-        experts = {name for name in tensors if self._of_expert(self.parameter_of[name])}
+        experts = {name for name in tensors if self._of_expert(self.parameter_of.get(name, name))}
         for name in experts:
             self._place(name, tensors[name])
         tensors = {name: tensor for name, tensor in tensors.items() if name not in experts}

@@ -252,6 +252,7 @@ SCHEMES = {
         {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16},
         None,
     ),
+    "mxfp8": ("mxfp8-quantized", {**FLOAT8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}, None),
     "mxfp4": (
         "mxfp4-pack-quantized",
         {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": 32},
@@ -305,7 +306,7 @@ def qparams(weight: torch.Tensor, args: QuantizationArgs, scale_dtype: torch.dty
         whole = torch.tensor([448.0 * 6.0 / float(weight.abs().max())])
         return {"weight_scale": (largest / 6.0 * whole).to(torch.float8_e4m3fn).float(), "weight_global_scale": whole}
     scale = largest / top
-    if args.type == "float" and args.num_bits == 4:
+    if args.type == "float" and args.group_size == 32:
         return {"weight_scale": torch.exp2(torch.ceil(torch.log2(scale)))}
     found = {"weight_scale": scale.to(scale_dtype)}
     if not args.symmetric:

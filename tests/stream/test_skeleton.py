@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llmc.errors import CheckpointError, ModelError
@@ -177,3 +177,18 @@ def test_large_finite_weights_pass():
 def test_the_tied_head_is_known(tiny):
     skeleton = tiny.skeleton()
     assert skeleton.tied_head == tiny.config.tie_word_embeddings
+
+
+def test_the_first_gpt2s_leave_out_the_prefix_and_keep_their_masks(checkpoint, tmp_path):
+    """As the published checkpoints of 2019 do."""
+    tiny = checkpoint("gpt2")
+    old = replace(tiny, folder=tmp_path)
+    tensors = {k: v for file in tiny.folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    tensors |= {f"h.{index}.attn.bias": torch.ones(1, 1, 64, 64) for index in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(tiny.folder / "config.json", tmp_path)
+    expected, loaded = tiny.loaded().model.state_dict(), old.loaded().model.state_dict()
+    assert expected.keys() == loaded.keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
+    assert loaded["transformer.h.0.mlp.c_fc.weight"].shape == (128, 64)
