@@ -8,8 +8,31 @@ from .llama import LLAMA
 from .mistral import MISTRAL
 from .opt import OPT
 from .qwen import QWEN2, QWEN3
+from .vision import VISION
 
-ADAPTERS: tuple[ModelAdapter, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OPT)
+ADAPTERS: tuple[ModelAdapter, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, OPT, *VISION)
+
+_ELSEWHERE = {
+    "internvl_chat": (
+        "this is InternVL with remote code (model_type internvl_chat), whose modules Transformers doesn't know",
+        "take its conversion for Transformers (a repository whose name ends in -hf: model_type internvl)",
+    ),
+    "llava_llama": (
+        "this is LLaVA as its authors' code stores it (model_type llava_llama), which Transformers doesn't know",
+        "take its conversion for Transformers, such as llava-hf/llava-1.5-7b-hf (model_type llava)",
+    ),
+}
+"""Layouts that another checkpoint of the same model replaces."""
+
+
+def refuse_foreign_layout(model_type: str) -> None:
+    """Refuse a checkpoint that exists in a layout which can be used.
+
+    Raises:
+        ModelError: names that.
+    """
+    if model_type in _ELSEWHERE:
+        raise ModelError(*_ELSEWHERE[model_type])
 
 
 def find_adapter(requested: str, model_type: str) -> ModelAdapter:

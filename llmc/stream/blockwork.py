@@ -23,6 +23,7 @@ from ..algorithms import (
     SubsetView,
     TuneNote,
     new_statistics,
+    treat_unseen,
 )
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..quant import (
@@ -177,7 +178,7 @@ class BlockWork:
             raise ValueError("a recipe ends with a pruner or a quantizer")
         if step.algorithm.kind == "quantizer":
             run = compressed if step.needs.compressed_stream else original
-            if step.algorithm.learns:
+            if step.algorithm.learns and not (run is not None and run.left_out):
                 self._learn(step, run, original)
                 self._phase(step, None, keep=False)
                 self._flush(original)
@@ -204,14 +205,16 @@ class BlockWork:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
+        """One step over all subsets. A block that every batch passes by gets what needs no data."""
         views: list[SubsetView] = []
+        unseen = run is not None and run.left_out
         subsets = [subset for subset in self.subsets if step.algorithm.covers(subset)]
 
         def solve(position: int, statistics: Statistics, calls: HeldCalls | None) -> None:
             view = self._view(subsets[position], statistics, calls)
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if step.algorithm.kind == "transform" else unheaped():
-                step.algorithm.subset(view)
+                treat_unseen(step.algorithm, view) if unseen else step.algorithm.subset(view)
                 self._accept(view)
             if step.algorithm.kind == "quantizer":
                 found = None if statistics.ranges is None else InputRange(*statistics.ranges.range())
@@ -220,7 +223,7 @@ class BlockWork:
             views.append(view)
             trim_heap()
 
-        if run is None:
+        if run is None or unseen:
             for position in range(len(subsets)):
                 solve(position, Statistics(), None)
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,6 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
+from ..models import Images
 from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
@@ -57,6 +58,13 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Which of Transformers' automatic classes makes the whole model of a configuration: that for images and text where
+    there is an encoder in it."""
+    reads_images = hasattr(config, "vision_config") and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What a checkpoint of an architecture holds, by the checkpoint's own names.
@@ -84,9 +92,8 @@ def anatomy(folder: Path) -> Anatomy:
     try:
         config = AutoConfig.from_pretrained(folder)
         config.__dict__.pop("quantization_config", None)
-        auto: Any = AutoModelForCausalLM
         with unheaped(), init_empty_weights(include_buffers=False):
-            model: Any = auto.from_config(config)
+            model: Any = auto_class(config).from_config(config)
     except Exception as problem:  # configurations and models of any family, each with errors of its own
         raise CheckpointError(
             f"{folder}/config.json can't be used: {problem}", "is it a causal language model?"
@@ -114,7 +121,9 @@ class Skeleton:
 
     Attributes:
         model: the transformers model.
-        blocks: its blocks, as found at the adapter's path.
+        path: the adapter's path of the blocks.
+        blocks: its blocks, as found there.
+        images: how it reads images; None: it doesn't.
         units: checkpoint names of each unit's tensors.
         parameter_of: from checkpoint name to the model's parameter name.
     """
@@ -129,14 +138,16 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        images: Images | None = None,
     ) -> None:
         logging: Any = transformers_logging  # parts of it have no annotations
         logging.disable_progress_bar()
         # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
         with unheaped(), init_empty_weights(include_buffers=False):
-            auto: Any = AutoModelForCausalLM  # from_config has no annotations
+            auto: Any = AutoModelForCausalLM if images is None else AutoModelForImageTextToText  # not annotated
             self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.eval()
+        self.images = images
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
         if wrong:
             raise ModelError(f"parameter {wrong[0]} insists on another dtype than {dtype}", "set model.torch_dtype")
@@ -145,6 +156,7 @@ class Skeleton:
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+        self.path = blocks
         self.blocks: nn.ModuleList = self.model.get_submodule(blocks)
         self.units: dict[str, list[str]] = {EMBED: [], HEAD: []}
         self.units |= {block_unit(index): [] for index in range(len(self.blocks))}
@@ -232,9 +244,16 @@ class Skeleton:
                 module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
 
     def modules_of(self, unit: str) -> list[nn.Module]:
-        """The modules that own the parameters of a unit."""
+        """The modules that own the parameters of a unit, but for those that hold the blocks too."""
         owners = {self.parameter_of[name].rpartition(".")[0] for name in self.units[unit]}
-        return [self.model.get_submodule(owner) for owner in sorted(owners)]
+        return [self.model.get_submodule(owner) for owner in sorted(owners) if not self.path.startswith(f"{owner}.")]
+
+    @property
+    def stored_path(self) -> str | None:
+        """The path of the blocks in the checkpoint; None if its names don't end like the model's."""
+        name = next(iter(self.units[block_unit(0)]), "")
+        inside = self.parameter_of[name].removeprefix(self.path) if name else ""
+        return name.removesuffix(inside) if inside and name.endswith(inside) else None
 
     def tie(self) -> None:
         """Share the loaded embedding with the head again, where the model ties them."""
