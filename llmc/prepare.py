@@ -26,7 +26,7 @@ from .models import (
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, outside_layers, stored_dtype
 from .quant import KvSpec
-from .samples import Evaluation, calibration, check_images, check_tokens, evaluations_of, load_tokenizer
+from .samples import Evaluation, calibration, check_images, check_tokens, evaluations_of, image_warnings, load_tokenizer
 from .stream.attention import check_attention
 from .stream.batch import Batch
 from .stream.headers import TensorEntry, read_headers
@@ -118,13 +118,14 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute)
     warnings = check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
+    warnings += image_warnings(config, recipe)
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     calib: list[Batch] = []
     evaluations: list[Evaluation] = []
     if with_texts:
         tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-        calib = calibration(config, folder, tokenizer, adapter.images) if recipe.needs_data else []
+        calib = calibration(config, folder, tokenizer, skeleton) if recipe.needs_data else []
         evaluations = evaluations_of(config, tokenizer)
         check_tokens(folder, len(skeleton.model.get_input_embeddings().weight), calib, evaluations)
     estimate = make_estimate(

@@ -14,8 +14,9 @@ from .algorithms import Recipe
 from .config import Config
 from .data import EvaluationWindows, calibration_samples, evaluation_windows, image_text_samples
 from .errors import ConfigError, DataError, ModelError
-from .models import Images, ModelAdapter
+from .models import ModelAdapter
 from .stream.batch import Batch
+from .stream.skeleton import Skeleton
 from .translate import IMAGE_TEXT, batched, calibration_spec, evaluation_spec, image_text_spec
 
 
@@ -76,13 +77,28 @@ def check_images(config: Config, recipe: Recipe, adapter: ModelAdapter) -> None:
         )
 
 
-def calibration(config: Config, folder: Path, tokenizer: Any, images: Images | None) -> list[Batch]:
+def image_warnings(config: Config, recipe: Recipe) -> list[str]:
+    """What of the section ``calib`` has no effect on samples with images."""
+    calib = config.calib
+    if calib is None or calib.name != IMAGE_TEXT or not recipe.needs_data:
+        return []
+    idle = [
+        f"calib.{key}: {value}"
+        for key, value in (("bs", calib.bs), ("padding", calib.padding))
+        if value not in (1, False)
+    ]
+    return [
+        f"{', '.join(idle)}: samples with images differ in length; each is a batch of its own, without padding"
+    ] * bool(idle)
+
+
+def calibration(config: Config, folder: Path, tokenizer: Any, skeleton: Skeleton) -> list[Batch]:
     """Text in batches of ``calib.bs``; samples with images have lengths of their own, and are batches of one."""
     spec = calibration_spec(config)
     if spec is None or config.calib is None:
         return []
-    shown = image_text_spec(config, "" if images is None else images.mark)
-    if shown is not None:
+    if skeleton.images is not None and config.calib.name == IMAGE_TEXT:
+        shown = image_text_spec(config.calib, skeleton.images.mark, skeleton.model.config.image_token_id)
         processor = load_processor(folder, trust_remote_code=config.model.trust_remote_code)
         return [Batch(sample.tokens, sample.further) for sample in image_text_samples(shown, processor)]
     return [Batch(tokens) for tokens in batched(calibration_samples(spec, tokenizer), config.calib.bs)]
@@ -118,7 +134,8 @@ def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
         DataError: there is none, it isn't understood, or a package is missing that it needs.
     """
     try:
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        auto: Any = AutoProcessor  # from_pretrained has no annotations
+        return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except ImportError as problem:
         raise DataError(
             f"{folder}: the processor of images needs another package: {str(problem).strip().splitlines()[0]}",

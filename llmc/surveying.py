@@ -45,7 +45,7 @@ def survey(
 ) -> Surveyed:
     """Find the blocks of the least influence, unless the journal has them already."""
     skeleton, recipe = prepared.skeleton, prepared.recipe
-    whole = BlockSelection(len(skeleton.blocks), prepared.adapter.blocks, stored=skeleton.stored_path)
+    whole = skeleton.selection()
     if not recipe.drop_blocks:
         return Surveyed(whole)
     started = time.perf_counter()

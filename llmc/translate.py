@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .algorithms import ALGORITHMS, SHORTGPT, Algorithm, Ignored, Recipe, is_named, make_recipe
 from .config import Config
-from .config.schema import EvalConfig
+from .config.schema import CalibConfig, EvalConfig
 from .config.suggest import did_you_mean
 from .data import CalibrationSpec, EvaluationSpec, ImageTextSpec
 from .errors import ConfigError, ExportError
@@ -277,16 +277,15 @@ def calibration_spec(config: Config) -> CalibrationSpec | None:
     )
 
 
-def image_text_spec(config: Config, mark: str) -> ImageTextSpec | None:
-    """Which images and questions to calibrate on, where it's such; ``mark`` stands for an image in a prompt."""
-    calib = config.calib
-    if calib is None or calib.name != IMAGE_TEXT:
-        return None
+def image_text_spec(calib: CalibConfig, mark: str, token: int) -> ImageTextSpec:
+    """Which images and questions to calibrate on; ``mark`` stands for an image in a prompt, ``token`` for a part of
+    it in what the model is given."""
     return ImageTextSpec(
         folder=Path(calib.path or ""),
         n_samples=calib.n_samples,
         seq_len=calib.seq_len,
         mark=mark,
+        token=token,
         apply_chat_template=calib.apply_chat_template,
         add_answer=calib.add_answer,
     )

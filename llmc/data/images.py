@@ -21,8 +21,6 @@ _SHAPE = '{"image": "cat.jpg", "question": "What is it?", "answer": "A cat."}'
 class Processor(Protocol):
     """What llmc uses of a transformers processor."""
 
-    image_token_id: int
-
     def __call__(self, **options: Any) -> Any:
         """Return a mapping of the model's inputs for ``text`` and ``images``."""
 
@@ -39,6 +37,7 @@ class ImageTextSpec:
         n_samples: how many samples, from the first on.
         seq_len: the longest sample, in tokens; longer text is cut. None: nothing is.
         mark: the text that stands for an image in a prompt, where no chat template writes it.
+        token: the token in whose places the model puts the image's features.
         apply_chat_template: write each sample as a conversation.
         add_answer: append the answer.
     """
@@ -47,6 +46,7 @@ class ImageTextSpec:
     n_samples: int
     seq_len: int | None
     mark: str
+    token: int
     apply_chat_template: bool = False
     add_answer: bool = False
 
@@ -152,7 +152,7 @@ def _processed(spec: ImageTextSpec, processor: Processor, question: _Question) -
     if not images:
         return ProcessedSample(_cut(spec, tokens))
     if spec.seq_len is not None and tokens.shape[1] > spec.seq_len:
-        _check_images_fit(spec.seq_len, tokens, processor.image_token_id, question)
+        _check_images_fit(spec.seq_len, tokens, spec.token, question)
         inputs = {name: _cut(spec, value) if name in _PER_TOKEN else value for name, value in inputs.items()}
     return ProcessedSample(_cut(spec, tokens), inputs)
 

@@ -27,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
-from ..models import Images
+from ..models import BlockSelection, Images
 from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
@@ -248,8 +248,11 @@ class Skeleton:
         owners = {self.parameter_of[name].rpartition(".")[0] for name in self.units[unit]}
         return [self.model.get_submodule(owner) for owner in sorted(owners) if not self.path.startswith(f"{owner}.")]
 
-    @property
-    def stored_path(self) -> str | None:
+    def selection(self, dropped: frozenset[int] = frozenset()) -> BlockSelection:
+        """The blocks without some."""
+        return BlockSelection(len(self.blocks), self.path, dropped, self._stored_path())
+
+    def _stored_path(self) -> str | None:
         """The path of the blocks in the checkpoint; None if its names don't end like the model's."""
         name = next(iter(self.units[block_unit(0)]), "")
         inside = self.parameter_of[name].removeprefix(self.path) if name else ""
