@@ -6,7 +6,7 @@ compare what it loads with ``from_pretrained``, tensor for tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,22 @@ class Anatomy:
             experts, which Transformers keeps in one tensor, count as ``Linear``.
         tied: tensors that needn't be there, since others hold their values.
         prefix: what names may begin with, or leave out.
+        modules: the model's own names of its modules, which a checkpoint's may differ from.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     classes: Mapping[str, str]
     tied: frozenset[str]
     prefix: str
+    modules: frozenset[str]
 
 
-def anatomy(folder: Path) -> Anatomy:
+def anatomy(folder: Path, names: Collection[str] = ()) -> Anatomy:
     """What a checkpoint with this ``config.json`` holds before anything is quantized. No code of its own is run.
+
+    Args:
+        folder: of the checkpoint.
+        names: of its tensors: an encoder has had several spellings, and its names are told in the one that is there.
 
     Raises:
         CheckpointError: Transformers doesn't understand it.
@@ -101,6 +107,9 @@ def anatomy(folder: Path) -> Anatomy:
     state = model.state_dict()
     own = {id(tensor): name for name, tensor in state.items()}
     stored = revert_weight_conversion(model, state)
+    if auto_class(config) is AutoModelForImageTextToText:
+        spelled = _spelled(model, state, names)
+        stored = {spelled.get(own.get(id(tensor), name), name): tensor for name, tensor in stored.items()}
     renamed = {own[id(tensor)]: name for name, tensor in stored.items() if id(tensor) in own}
     classes = {
         renamed[f"{name}.weight"].removesuffix(".weight"): "Linear"
@@ -113,7 +122,22 @@ def anatomy(folder: Path) -> Anatomy:
     classes |= {name.removesuffix(".weight"): "Linear" for name in split if name.endswith(".weight")}
     tied = frozenset(renamed[name] for name in getattr(model, "all_tied_weights_keys", None) or {} if name in renamed)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    return Anatomy(shapes, classes, tied, f"{model.base_model_prefix}.")
+    modules = frozenset(name for name, _ in model.named_modules())
+    return Anatomy(shapes, classes, tied, f"{model.base_model_prefix}.", modules)
+
+
+def _spelled(model: Any, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, str]:
+    """The names in a checkpoint of the model's parameters, by their own; a quantized weight's is told by its parts."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    found: dict[str, str] = {}
+    for name in names:
+        for candidate in (name, f"{name.rpartition('.')[0]}.weight"):
+            renamed, _ = rename_source_key(candidate, renamings, [], model.base_model_prefix, dict(state))
+            if renamed in state:
+                found.setdefault(renamed, candidate)
+                break
+    return found
 
 
 class Skeleton:

@@ -184,7 +184,8 @@ class _Check:
     def _check_names(self) -> None:
         """Names that config.json gives lead to something."""
         for name in dict.fromkeys(self._method.names()):
-            if not any(known == name or known.startswith(f"{name}.") for known in self._model.classes):
+            known = name in self._model.modules
+            if not known and not any(one == name or one.startswith(f"{name}.") for one in self._model.classes):
                 self._report.found(
                     _CONFIG, name, "is named in quantization_config, and the model has no such module", _MEND
                 )
