@@ -70,7 +70,8 @@ def _as_named(model: Anatomy, stored: Stored) -> Anatomy:
         return model
     shapes = {name.removeprefix(prefix): shape for name, shape in model.shapes.items()}
     classes = {name.removeprefix(prefix): kind for name, kind in model.classes.items()}
-    return Anatomy(shapes, classes, frozenset(name.removeprefix(prefix) for name in model.tied), prefix)
+    tied = frozenset(name.removeprefix(prefix) for name in model.tied)
+    return Anatomy(shapes, classes, tied, prefix, model.modules)
 
 
 class _Check:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from tiny_vision import CONFIGS, TinyVision, write_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> None:
+    """Libraries' objects are left out of the collections that a run makes behind every block."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

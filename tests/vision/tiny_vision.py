@@ -29,7 +29,7 @@ from llmc.stream.headers import TensorEntry, read_headers
 from llmc.stream.skeleton import Skeleton, load_config
 from llmc.stream.source import BlockSource
 
-VOCAB, BLOCKS, WIDTH, IMAGE = 240, 4, 64, 205  # the last: the token in whose place image features go
+VOCAB, BLOCKS, WIDTH, IMAGE = 240, 3, 64, 205  # the last: the token in whose place image features go
 TEXT = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -43,7 +43,12 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-CLIP = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 2}
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}  # more than BLOCKS
 PIXELS, PATCH = 16, 4
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 206, "vision_start_token_id": 207, "vision_end_token_id": 208}
@@ -63,7 +68,7 @@ def _llava(kind: type[PreTrainedConfig], tower: str, **changes: Any) -> PreTrain
 def _qwen2(kind: type[PreTrainedConfig], **vision: Any) -> PreTrainedConfig:
     return kind(
         text_config={**TEXT, "rope_parameters": ROPE},
-        vision_config={"depth": 5, "num_heads": 2, "patch_size": PATCH, "in_channels": 3, **vision},
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": PATCH, "in_channels": 3, **vision},
         tie_word_embeddings=False,
         **QWEN_TOKENS,
     )
@@ -79,38 +84,38 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         intermediate_size=48,
         out_hidden_size=WIDTH,
         window_size=16,
-        fullatt_block_indexes=[1, 3],
+        fullatt_block_indexes=[1],
     ),
     "qwen3_vl": _qwen2(
         Qwen3VLConfig,
         hidden_size=32,
         intermediate_size=48,
         out_hidden_size=WIDTH,
-        num_position_embeddings=64,
-        deepstack_visual_indexes=[0, 2],
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 1],
     ),
     "mllama": MllamaConfig(
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_hidden_layers": 5,
-            "num_global_layers": 2,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
             "attention_heads": 2,
             "image_size": PIXELS,
             "patch_size": PATCH,
             "max_num_tiles": 2,
-            "intermediate_layers_indices": [1, 3],
+            "intermediate_layers_indices": [0, 1],
             "vision_output_dim": 96,
             "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
         },
-        text_config={**TEXT, "cross_attention_layers": [1, 3], "num_hidden_layers": BLOCKS},
+        text_config={**TEXT, "cross_attention_layers": [1, 2]},
         image_token_index=VOCAB,
     ),
     "internvl": InternVLConfig(
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 48,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "image_size": [PIXELS, PIXELS],
             "patch_size": [PATCH, PATCH],
@@ -125,7 +130,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             **TEXT,
             "head_dim": 16,
             "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "tie_word_embeddings": True,
         },
         mm_tokens_per_image=4,
