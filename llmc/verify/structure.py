@@ -152,7 +152,9 @@ class _Check:
         """One tensor."""
         entry = self._stored.entries.get(name)
         if entry is None:
-            if not (expected.optional or name in self._model.tied or name in self._stored.lost):
+            module = name.rpartition(".")[0]
+            shared = name in self._model.tied or (f"{module}.weight" in self._model.tied and module not in self._parts)
+            if not (expected.optional or shared or name in self._stored.lost):
                 self._report.found(self._stored.place(name), name, f"is missing ({expected.describe()})")
         elif entry.dtype not in expected.dtypes:
             self._report.found(entry.file, name, f"is {name_of(entry.dtype)}, not {expected.describe()}")

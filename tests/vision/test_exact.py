@@ -84,16 +84,16 @@ def test_the_declared_linears_read_one_tensor(vision):
     for name in CONFIGS:
         model = vision(name).model()
         adapter, config = find_adapter("auto", name), model.config.get_text_config()
-        seen: dict[str, int] = {}
+        seen: dict[str, Tensor] = {}
         for path, module in model.get_submodule(adapter.blocks).named_modules():
             if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda _, args, path=path: seen.update({path: id(args[0])}))
+                module.register_forward_pre_hook(lambda _, args, path=path, seen=seen: seen.update({path: args[0]}))
         model(**image_sample(name).inputs, use_cache=False)
         declared = set()
         for index, block in enumerate(model.get_submodule(adapter.blocks)):
             for subset in adapter.subsets(config, block):
                 paths = [f"{index}.{one}" for one in subset.linears]
-                assert len({seen[path] for path in paths}) == 1, paths
+                assert all(seen[path] is seen[paths[0]] for path in paths), paths
                 declared |= set(paths)
         assert declared == seen.keys()
 
