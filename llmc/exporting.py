@@ -160,7 +160,7 @@ class _Finished:
         """
         prepared = _prepare(metrics, model)
         dropped = (metrics["blocks_dropped"] or {"dropped": []})["dropped"]
-        selection = BlockSelection(len(prepared.skeleton.blocks), prepared.adapter.blocks, frozenset(dropped))
+        selection = prepared.skeleton.selection(frozenset(dropped))
         rows = {row["unit"]: row for row in metrics["blocks"]}
         models = [kind for kind in EXPORTERS if kind.stores_weights and not kind.transformed_only]
         written = [kind for kind in models if kind.name in metrics["outputs"]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .algorithms import LayerPattern, Online, Recipe
 from .config.suggest import did_you_mean
@@ -79,7 +80,9 @@ def make_layers(
                 rotated = None if rotation is None else rotation.basis.order
                 biased = f"{full}.bias" in entries
                 fused = tuple(names[other] for other in subset.fused_with(name))
-                layers.append(Layer(full, rows, columns, scheme.weight, fused, sparsity, scheme.act, rotated, biased))
+                layers.append(
+                    Layer(full, rows, columns, scheme.weight, fused, sparsity, scheme.act, rotated, biased, place[2])
+                )
             _check_shared_input(layers[-len(names) :])
     every = dict.fromkeys(name for own in subsets for subset in own for name in subset.linears)
     _check_rules(recipe, len(skeleton.blocks), list(every))
@@ -89,6 +92,21 @@ def make_layers(
         raise ConfigError(
             "ignored_layers matches no layer of this model", "names look like mlp.down_proj; --dry-run lists them"
         )
+    return layers
+
+
+def outside_layers(skeleton: Skeleton, entries: Mapping[str, Entry]) -> list[Layer]:
+    """Every Linear of a model with an encoder that is in none of its language blocks: they stay as they are, and a
+    format must say so. Of a model without one there is none to speak of but the head, which no format quantizes."""
+    if skeleton.images is None:
+        return []
+    stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
+    layers = []
+    for module, linear in skeleton.model.named_modules():
+        tensor = stored.get(f"{module}.weight")
+        if isinstance(linear, nn.Linear) and tensor is not None and not module.startswith(f"{skeleton.path}."):
+            name, (rows, columns) = tensor.removesuffix(".weight"), entries[tensor].shape
+            layers.append(Layer(name, rows, columns, None, (name,), module=module, outside=True))
     return layers
 
 
@@ -204,7 +222,7 @@ def make_estimate(
     total = sum(stored_bytes.values())
     read = total + (total - stored_bytes[HEAD] if surveyed else 0)
     kept = max(calib_tokens * streams[0] + eval_tokens * streams[1], calib_tokens * surveyed) * width * size
-    widest = max((layer.columns for layer in layers), default=width)
+    widest = max((layer.columns for layer in layers if not layer.outside), default=width)
     held = calib_tokens * (3 * width + widest) * size if streams[0] else 0
     block = largest_block(skeleton, entries)
     loaded = max(unit_bytes.values()) + max(stored_bytes.values())  # one unit decoded, or being decoded, the next read

@@ -5,33 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer, set_seed
+from torch import nn
+from transformers import set_seed
 
 from .algorithms import Frame, Online, Recipe
 from .config import Config, LoadedConfig
-from .data import EvaluationWindows, calibration_samples, evaluation_windows
-from .errors import ConfigError, DataError, ExportError
-from .export import Exporter, Layer, Source
-from .models import Heads, ModelAdapter, Subset, check_reorderable, find_adapter, residual_of
+from .errors import ConfigError, ExportError
+from .export import Exporter, Layer, Source, read_config
+from .models import (
+    Heads,
+    ModelAdapter,
+    Subset,
+    check_reorderable,
+    find_adapter,
+    refuse_foreign_layout,
+    residual_of,
+)
 from .models.experts import HostMemory
 from .models.layouts import StoredLayout, layout_of
 from .models.locate import locate_checkpoint
-from .plan import Estimate, largest_block, make_estimate, make_layers, stored_dtype
+from .plan import Estimate, largest_block, make_estimate, make_layers, outside_layers, stored_dtype
 from .quant import KvSpec
+from .samples import Evaluation, calibration, check_images, check_tokens, evaluations_of, image_warnings, load_tokenizer
 from .stream.attention import check_attention
+from .stream.batch import Batch
 from .stream.decoders import open_checkpoint
 from .stream.decoding import Checkpoint, DenseEntry
 from .stream.skeleton import Skeleton
 from .stream.skeleton import load_config as load_model_config
 from .translate import (
-    batched,
-    calibration_spec,
     check_layers,
-    evaluation_spec,
     make_compute_dtype,
     make_device,
     make_exporters,
@@ -39,25 +44,6 @@ from .translate import (
     refuse_unavailable,
 )
 from .translate_kv import make_kv
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One text to evaluate on.
-
-    Attributes:
-        name: as the configuration calls it.
-        kind: ``ppl``, or ``decode_ppl``, token by token with a KV cache.
-        positions: the states of the model, as the configuration calls them.
-        windows: the tokens.
-        batches: the same in batches.
-    """
-
-    name: str
-    kind: str
-    positions: tuple[str, ...]
-    windows: EvaluationWindows
-    batches: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,7 +57,7 @@ class Prepared:
     recipe: Recipe
     layers: list[Layer]
     exporters: list[Exporter]
-    calib: list[Tensor]
+    calib: list[Batch]
     evaluations: list[Evaluation]
     device: torch.device
     stored: torch.dtype
@@ -116,6 +102,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     set_seed(config.base.seed)
     trust = config.model.trust_remote_code
     folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
+    refuse_foreign_layout(str(read_config(folder).get("model_type")))
     model_config = load_model_config(folder, trust_remote_code=trust)
     adapter = find_adapter(config.model.type, model_config.model_type)
     checkpoint = open_checkpoint(folder)
@@ -131,6 +118,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         dtype=compute,
         device=device,
         trust_remote_code=trust,
+        images=adapter.images,
     )
     if experts_on_host(config, skeleton, entries, device):
         skeleton.keep_experts(HostMemory(device))
@@ -138,27 +126,30 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     heads = adapter.heads(model_config.get_text_config())
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
     _check_recipe(config, recipe, skeleton, subsets, compute)
+    check_images(config, recipe, adapter)
     frame = _frame(recipe, adapter, skeleton, subsets)
     online = recipe.online(frame)
     check_layers(recipe, list(dict.fromkeys(online.cut(subset) for own in subsets for subset in own)))
-    layers = make_layers(skeleton, entries, heads, subsets, recipe, online)
+    layers = make_layers(skeleton, entries, heads, subsets, recipe, online) + outside_layers(skeleton, entries)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute, layout_of(model_config.model_type))
     warnings = check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
+    warnings += image_warnings(config, recipe)
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
-    calib: list[Tensor] = []
+    calib: list[Batch] = []
     evaluations: list[Evaluation] = []
     if with_texts:
         tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-        calib, evaluations = _texts(config, tokenizer, calibrate=recipe.needs_data)
-        _check_tokens(folder, model_config.get_text_config().vocab_size, calib, evaluations)
+        calib = calibration(config, folder, tokenizer, skeleton) if recipe.needs_data else []
+        evaluations = evaluations_of(config, tokenizer)
+        check_tokens(folder, len(skeleton.model.get_input_embeddings().weight), calib, evaluations)
     estimate = make_estimate(
         skeleton,
         checkpoint,
         layers,
         exporters,
-        calib_tokens=sum(batch.numel() for batch in calib),
+        calib_tokens=sum(batch.tokens.numel() for batch in calib),
         eval_tokens=sum(_stream_tokens(evaluations, recipe.kv, kind) for kind in ("ppl", "decode_ppl")),
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
@@ -291,6 +282,7 @@ def check_exporters(
     """
     _check_online(online, exporters)
     _check_groups(recipe, exporters)
+    _check_carrying(source, exporters)
     _check_model_type(source.config["model_type"], exporters)
     return [warning for one in exporters for warning in (*one.check(layers), *one.check_source(source))]
 
@@ -298,7 +290,18 @@ def check_exporters(
 def source_of(folder: Path, skeleton: Skeleton) -> Source:
     """The original checkpoint as exporters see it."""
     names = tuple(name for unit in skeleton.units.values() for name in unit)
-    return Source(folder, skeleton.model.config.get_text_config().to_dict(), names)
+    images = skeleton.images is not None
+    return Source(folder, skeleton.model.config.get_text_config().to_dict(), names, images)
+
+
+def _check_carrying(source: Source, exporters: Sequence[Exporter]) -> None:
+    unable = [exporter.name for exporter in exporters if source.images and not exporter.carries_images]
+    if unable:
+        raise ExportError(
+            f"{unable[0]} stores a language model alone, and this one reads images: its encoder and projector have no "
+            "place there",
+            "write save_vllm, or save_fake, which Transformers loads",
+        )
 
 
 def _check_groups(recipe: Recipe, exporters: Sequence[Exporter]) -> None:
@@ -333,46 +336,10 @@ def _check_model_type(model_type: str, exporters: Sequence[Exporter]) -> None:
             )
 
 
-def _texts(config: Config, tokenizer: Any, *, calibrate: bool) -> tuple[list[Tensor], list[Evaluation]]:
-    spec = calibration_spec(config)
-    calib: list[Tensor] = []
-    if spec is not None and config.calib is not None and calibrate:
-        calib = batched(calibration_samples(spec, tokenizer), config.calib.bs)
-    evaluations = []
-    for one in config.eval:
-        if one.eval_pos:
-            windows = evaluation_windows(evaluation_spec(one), tokenizer)
-            batches = batched(list(windows.tokens), one.bs)
-            evaluations.append(Evaluation(one.name, one.type, tuple(one.eval_pos), windows, batches))
-    return calib, evaluations
-
-
 def _stream_tokens(evaluations: Sequence[Evaluation], kv: KvSpec | None, kind: str) -> int:
     """Tokens of all evaluation streams of a kind: every state of the model is run on the text of every evaluation."""
     found = [one for one in evaluations if one.kind == kind]
     return len(positions_of(found, kv)) * sum(batch.numel() for one in found for batch in one.batches)
-
-
-def load_tokenizer(folder: Path, *, fast: bool, trust_remote_code: bool) -> Any:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        DataError: there is none, or it isn't understood.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder, use_fast=fast, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as problem:
-        raise DataError(f"{folder}: the tokenizer can't be loaded: {problem}", "is tokenizer.json there?") from problem
-
-
-def _check_tokens(folder: Path, known: int, calib: Sequence[Tensor], evaluations: Sequence[Evaluation]) -> None:
-    """Refuse text with tokens that the model has no embedding for."""
-    largest = max((int(batch.max()) for batch in [*calib, *(one.windows.tokens for one in evaluations)]), default=0)
-    if largest >= known:
-        raise DataError(
-            f"{folder}: the tokenizer gives the token {largest}, but the model knows only {known} (config.json)",
-            "do the tokenizer and the model belong together?",
-        )
 
 
 def positions_of(evaluations: Sequence[Evaluation], kv: KvSpec | None) -> frozenset[str]:

@@ -31,6 +31,7 @@ from .prepare import Prepared, positions_of, prepare, state_of
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics
 from .stream.activations import ActivationStore
+from .stream.batch import Batch
 from .stream.engine import Engine
 from .stream.headers import headers_digest
 from .stream.journal import Journal
@@ -161,7 +162,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             perplexities=perplexities,
             outputs=outputs,
             rows=journal.rows,
-            calibration_tokens=sum(batch.numel() for batch in prepared.calib),
+            calibration_tokens=sum(batch.tokens.numel() for batch in prepared.calib),
             measured=measured,
         )
         store.drop_mapped()
@@ -182,7 +183,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
     resolved.get("save", {}).pop("save_path", None)
     return {
         "configuration": json.dumps(resolved, sort_keys=True),
-        "calibration text": tokens_digest(prepared.calib),
+        "calibration text": tokens_digest([tensor for batch in prepared.calib for tensor in batch.tensors]),
         "evaluation text": tokens_digest([one.windows.tokens for one in prepared.evaluations]),
         "checkpoint": headers_digest(prepared.checkpoint.stored) + prepared.checkpoint.says,
         "set of library versions": json.dumps(versions(), sort_keys=True),
@@ -256,7 +257,7 @@ def _engine(
 
 def _evaluation_batches(prepared: Prepared, kind: str) -> Batches:
     found = [one for one in prepared.evaluations if one.kind == kind]
-    return Batches([batch for one in found for batch in one.batches], positions_of(found, prepared.recipe.kv))
+    return Batches([Batch(tokens) for one in found for tokens in one.batches], positions_of(found, prepared.recipe.kv))
 
 
 def _kv_scheme(prepared: Prepared) -> dict[str, Any] | None:
@@ -332,7 +333,7 @@ def stored_source(prepared: Prepared, selection: BlockSelection) -> Source:
     """Where the tokenizer of what is stored is, and its configuration with all defaults."""
     model = prepared.skeleton.model.config.get_text_config()
     complete = model.to_dict() if prepared.frame is None else with_own_head(model.to_dict())
-    return Source(prepared.folder, selection.config(complete, model))
+    return Source(prepared.folder, selection.config(complete, model), images=prepared.skeleton.images is not None)
 
 
 def peak_host_memory() -> int:

@@ -45,7 +45,7 @@ def survey(
 ) -> Surveyed:
     """Find the blocks of the least influence, unless the journal has them already."""
     skeleton, recipe = prepared.skeleton, prepared.recipe
-    whole = BlockSelection(len(skeleton.blocks), prepared.adapter.blocks)
+    whole = skeleton.selection()
     if not recipe.drop_blocks:
         return Surveyed(whole)
     started = time.perf_counter()
@@ -74,7 +74,12 @@ def survey(
 def kept_layers(layers: list[Layer], selection: BlockSelection) -> list[Layer]:
     """The Linears of the blocks that stay, by their names in the smaller model."""
     return [
-        replace(layer, name=selection.renamed(layer.name), fused=tuple(map(selection.renamed, layer.fused)))
+        replace(
+            layer,
+            name=selection.renamed(layer.name),
+            fused=tuple(map(selection.renamed, layer.fused)),
+            module=selection.renamed(layer.module),
+        )
         for layer in layers
         if selection.keeps(f"{layer.name}.")
     ]

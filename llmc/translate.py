@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from .algorithms import (
     make_recipe,
 )
 from .config import Config
-from .config.schema import EvalConfig
+from .config.schema import CalibConfig, EvalConfig
 from .config.suggest import did_you_mean
-from .data import CalibrationSpec, EvaluationSpec
+from .data import CalibrationSpec, EvaluationSpec, ImageTextSpec
 from .errors import ConfigError, ExportError
 from .export import EXPORTERS, Exporter, Layer
 from .models import Subset
@@ -29,6 +30,9 @@ from .models.layouts import StoredLayout
 from .quant import KvSpec, Scheme, Sparsity
 from .schemes import SCALE_DTYPES, Packing, act_spec, make_packing, make_rules, unavailable, weight_spec
 from .translate_kv import unavailable_cache
+
+IMAGE_TEXT = "custom_mm"
+"""The name of calibration data with images."""
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS} | {SHORTGPT: "pruner"}
 _AMOUNTS = {SHORTGPT: "n_prune_layers: 4"}
@@ -262,7 +266,8 @@ def exporters_of(
         )
     act = recipe.act or recipe.clustered
     fused = {layer.name: layer.fused for layer in layers}
-    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed, fused, layout) for kind in kinds]
+    images = any(layer.outside for layer in layers)
+    return [kind(recipe.spec, stored, compute, act, recipe.kv, mixed, fused, layout, images) for kind in kinds]
 
 
 def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:
@@ -288,6 +293,20 @@ def calibration_spec(config: Config) -> CalibrationSpec | None:
         seed=calib.seed,
         text_field=calib.text_field,
         apply_chat_template=calib.apply_chat_template,
+    )
+
+
+def image_text_spec(calib: CalibConfig, mark: str, token: int) -> ImageTextSpec:
+    """Which images and questions to calibrate on; ``mark`` stands for an image in a prompt, ``token`` for a part of
+    it in what the model is given."""
+    return ImageTextSpec(
+        folder=Path(calib.path or ""),
+        n_samples=calib.n_samples,
+        seq_len=calib.seq_len,
+        mark=mark,
+        token=token,
+        apply_chat_template=calib.apply_chat_template,
+        add_answer=calib.add_answer,
     )
 
 

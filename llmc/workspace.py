@@ -28,11 +28,12 @@ OnExisting = Literal["fail", "overwrite", "resume"] | None
 
 
 def tokens_digest(samples: Sequence[Tensor]) -> str:
-    """SHA-256 over the shapes and ids of token tensors."""
+    """SHA-256 over the shapes and ids of token tensors, and the values of what comes with them."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(repr(tuple(sample.shape)).encode())
-        digest.update(sample.contiguous().to(torch.int64).numpy().tobytes())
+        exact = torch.float64 if sample.is_floating_point() else torch.int64
+        digest.update(sample.contiguous().to(exact).numpy().tobytes())
     return digest.hexdigest()
 
 

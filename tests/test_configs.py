@@ -49,7 +49,11 @@ def text(tmp_path_factory):
 def small(section, text):
     """Overrides that replace the text of a section, such as calib or eval.0, by a little local one."""
     values = {"name": "text", "path": text, "download": False, "seq_len": 32}
-    values |= {"n_samples": 2, "preproc": "sequential"} if section == "calib" else {"num_chunks": 2}
+    values |= (
+        {"n_samples": 2, "preproc": "sequential", "apply_chat_template": False}
+        if section == "calib"
+        else {"num_chunks": 2}
+    )
     return [f"{section}.{key}={value}" for key, value in values.items()]
 
 

@@ -7,6 +7,7 @@ from .registry import ALGORITHMS, options_types
 from .shortgpt import NAME as SHORTGPT
 from .shortgpt import BlockInfluence, least_influential
 from .stats import AttentionRanges, Statistics, new_statistics
+from .unseen import treat_unseen
 from .views import BlockCalls, BlockView, ClipRatios, InspectCalls, LayerNote, SubsetView, TuneNote
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "make_recipe",
     "new_statistics",
     "options_types",
+    "treat_unseen",
 ]

@@ -25,13 +25,12 @@ MICRO_GROUPS = {"mxfp4": 32, "mxfp8": 32, "nvfp4": 16}  # formats that fix their
 FLOAT_BITS = ("e4m3", "e5m2", "e3m2", "e4m7", "e2m1", *MICRO_GROUPS)
 FOUR_IN_EIGHT = 48  # the number by which LLMC calls 4-bit weights whose group scales are 8-bit integers
 MODEL_TYPES = _words(
-    "auto Bloom ChatGLM DeepseekV2 DeepseekV3 Falcon Gemma Gemma2 Gemma3 Glm Glm4 GptBigCode GptNeoX Granite InternLM2 "
-    "Llama Llama4 MiniCPM Mistral Mixtral OPT Olmo2 Opt Phi Phi3 Qwen Qwen2 Qwen2Moe Qwen3 SmolLM SmolLM3 StableLm "
+    "auto Bloom ChatGLM DeepseekV2 DeepseekV3 Falcon GPT2 Gemma Gemma2 Gemma3 Glm Glm4 GptBigCode GptNeoX GptOss "
+    "Granite InternLM2 InternVL2 Llama Llama4 Llava LlavaHf Llava_OneVision MiniCPM Mistral Mixtral Mllama OPT Olmo2 Opt "
+    "Phi Phi3 Qwen Qwen2 Qwen2.5VL Qwen2Moe Qwen2VL Qwen3 Qwen3Moe Qwen3Next Qwen3VL SmolLM SmolLM3 StableLm "
     "Starcoder Starcoder2"
 )
-_MULTIMODAL = _words(
-    "GLM4V InternOmni InternVL2 Llava LlavaHf Llava_OneVision MiniCPMV Mllama Qwen2Audio Qwen2VL VideoLLaVA Vila Vit"
-)
+_MULTIMODAL = _words("GLM4V InternOmni MiniCPMV Qwen2Audio VideoLLaVA Vila Vit")
 TEXT_EVALS = ("wikitext2", "c4", "ptb", "text", "custom_ppl", "custom_gen")
 METHODS = _words(
     "RTN SmoothQuant OsPlus Awq GPTQ OmniQuant Quarot HQQ AdaDim DGQ NormTweaking LlmInt8 QUIK SpQR TesseraQ "
@@ -244,25 +243,20 @@ OLD_KEYS = (
     OldKey("model.use_cpu_to_save_cuda_mem_for_catcher", None, "ignored; blocks are loaded one at a time anyway"),
 )
 
+_ENCODER = "compressing the encoder isn't available; language, or no such section, compresses the language blocks alone"
 _OUT_OF_SCOPE = {
     "video_gen": "video generation",
-    "quant.vision": "compressing the vision part",
-    "sparse.vision": "compressing the vision part",
+    "quant.vision": _ENCODER,
+    "sparse.vision": _ENCODER,
     "quant.video_gen": "video generation",
     "calib.video": "video generation",
     "model.lora_path": "merging LoRA weights of video models",
     "save.save_lightx2v": "the LightX2V export of video models",
 }
 _FOREIGN_NAMES = {
-    "t2v": "video generation",
-    "i2v": "video generation",
-    "images": "compressing image models",
-    "imagenet": "compressing image models",
-    "img": "compressing image models",
-    "video_gen": "video generation",
-    "WanI2V": "video generation",
-    "WanT2V": "video generation",
-    **dict.fromkeys(_MULTIMODAL, "compressing models of images, video or sound"),
+    **dict.fromkeys(("t2v", "i2v", "video_gen", "WanI2V", "WanT2V"), "video generation"),
+    **dict.fromkeys(("images", "imagenet", "img"), "compressing image models"),
+    **dict.fromkeys(_MULTIMODAL, "compressing this family of models of images, video or sound"),
 }
 
 
@@ -313,7 +307,8 @@ def _refuse_foreign(document: Document) -> None:
     for pattern, matter in _OUT_OF_SCOPE.items():
         for parent, path in _matches(document.data, pattern):
             if parent.pop(path[-1]) not in (None, False):
-                document.problem(path, f"{matter} is out of scope of this toolkit", final=True)
+                text = matter if matter is _ENCODER else f"{matter} is out of scope of this toolkit"
+                document.problem(path, text, final=True)
     for pattern in ("model.type", "calib.name", "calib.type", "eval.type", "eval.name", "eval.*.type", "eval.*.name"):
         for parent, path in _matches(_eval_as_mapping(document.data), pattern):
             value = parent[path[-1]]
@@ -375,6 +370,9 @@ def _name_calibration(document: Document) -> None:
             text = "a .txt file, one text per line" if is_lines else "an old name"
             document.note(("calib", "name"), f"{calib['name']!r} is read as {name!r}: {text}")
             calib["name"] = name
+    if calib.get("name") == "custom_mm" and calib.get("preproc") in ("vlm_general", "img_general"):
+        document.note(("calib", "preproc"), "ignored; the model's own processor makes the samples")
+        del calib["preproc"]
     if calib.get("preproc") == "general":
         document.note(("calib", "preproc"), "'general' is an old name, read as 'txt_general_preproc'")
         calib["preproc"] = "txt_general_preproc"

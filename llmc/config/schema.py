@@ -47,7 +47,10 @@ class ModelConfig(Section):
 class CalibConfig(Section):
     """The text that the statistics are taken from."""
 
-    name: legacy.CalibName = Field(description="Which data set; text is a local .txt, .jsonl, .parquet file or folder.")
+    name: legacy.CalibName = Field(
+        description="Which data set; text is a local .txt, .jsonl, .parquet file or folder; custom_mm a folder with "
+        "images and samples.json."
+    )
     path: str | None = Field(None, description="Where the data set lies.")
     download: bool = Field(False, description="Fetch the data set from the Hugging Face hub.")
     n_samples: int = Field(128, ge=1, description="Number of samples.")
@@ -67,7 +70,7 @@ class CalibConfig(Section):
     )
     padding: bool = Field(False, description="Pad the samples on the left instead of cutting them to one length.")
     apply_chat_template: bool = Field(False, description="Wrap every sample in the model's chat template.")
-    add_answer: bool = Field(False, description="Append the answer to each question.")
+    add_answer: bool = Field(False, description="With images: append the answer to each question.")
     text_field: str | None = Field(None, description="Field of jsonl or parquet rows with the text; None means text.")
 
     @model_validator(mode="after")
@@ -76,6 +79,10 @@ class CalibConfig(Section):
         whole = self.preproc == "original_txt"
         refuse_if(self.bs < 1 and self.bs != -1, "bs", f"{self.bs} is neither -1 (all in one batch) nor at least 1")
         refuse_if(local and not self.path, "path", f"missing; name {self.name!r} reads a local file or folder")
+        made = self.preproc and self.name == "custom_mm"
+        refuse_if(
+            made, "preproc", f"{self.preproc} has no use with name custom_mm: the model's processor makes samples"
+        )
         refuse_if(whole and self.seq_len, "seq_len", f"{self.seq_len} has no use with preproc original_txt")
         if not self.padding and self.name != "custom_mm":
             refuse_if(not self.preproc, "preproc", "missing; how samples are cut, for example txt_general_preproc")

@@ -33,6 +33,8 @@ class Layer:
         act: the grid of its inputs; None if they stay as they are.
         rotated: order of the Hadamard matrix by which runs of its input are multiplied while the model runs; or None.
         biased: whether it has a bias.
+        module: the model's own name of it, where that may differ from the checkpoint's.
+        outside: whether it's in none of the (language) blocks.
     """
 
     name: str
@@ -44,6 +46,13 @@ class Layer:
     act: ActSpec | None = None
     rotated: int | None = None
     biased: bool = False
+    module: str = ""
+    outside: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The checkpoint's name and, where it differs, the model's: loaders differ in which of them they look for."""
+        return tuple(dict.fromkeys(name for name in (self.name, self.module) if name))
 
     @property
     def scheme(self) -> Scheme:
@@ -64,11 +73,13 @@ class Source:
         config: the (text) model's configuration with all its defaults, as it's stored: with fewer blocks, or a head of
             its own, if the run made it so.
         names: the checkpoint's names of all tensors; empty where they don't matter.
+        images: whether the model reads images.
     """
 
     folder: Path
     config: Mapping[str, Any]
     names: tuple[str, ...] = ()
+    images: bool = False
 
 
 class OwnLayout(Protocol):
@@ -103,6 +114,7 @@ class Exporter:
         schemes: those of Linears that have others than ``spec`` and ``act``, by the checkpoint's names.
         fused: for Linears that a backend runs as one with others, by the checkpoint's names, all of those.
         layout: how the model's own checkpoints hold its Linears; None: one by one, ``[out, in]``.
+        images: whether the model reads images.
     """
 
     name: ClassVar[str]
@@ -112,6 +124,9 @@ class Exporter:
 
     wants_squares: ClassVar[bool] = False
     """Whether it stores the squares of all Linears' inputs on the calibration text."""
+
+    carries_images: ClassVar[bool] = False
+    """Whether it also stores a model that reads images, encoder and all."""
 
     transformed_only: ClassVar[bool] = False
     """Whether it stores the transformed model without quantization."""
@@ -150,8 +165,10 @@ class Exporter:
         schemes: Mapping[str, Scheme] | None = None,
         fused: Mapping[str, tuple[str, ...]] | None = None,
         layout: OwnLayout | None = None,
+        images: bool = False,
     ) -> None:
         self.spec, self.stored, self.compute, self.act, self.kv = spec, stored, compute, act, kv
+        self.images = images
         self._schemes = dict(schemes or {})
         self._fused = dict(fused or {})
         self._layout = layout

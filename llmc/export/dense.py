@@ -20,6 +20,7 @@ class FakeQuant(Exporter):
     name = "save_fake"
     folder = "fake_quant_model"
     mixes_schemes = True
+    carries_images = True
     stores_codes = False
 
     @property
@@ -79,7 +80,8 @@ class FakeQuant(Exporter):
 
     def serve(self, folder: Path) -> str:
         """Any loader of the original model; the evaluated dtype gives the evaluated logits."""
-        return f"AutoModelForCausalLM.from_pretrained('{folder}', dtype={self.compute})"
+        auto = "AutoModelForImageTextToText" if self.images else "AutoModelForCausalLM"
+        return f"{auto}.from_pretrained('{folder}', dtype={self.compute})"
 
 
 class Transformed(FakeQuant):

@@ -28,6 +28,7 @@ class SGLang(VLLM):
     name = "save_sgl"
     folder = "sgl_quant_model"
     backend = "SGLang"
+    carries_images = False
     runs_rotations = False
 
     def check_schemes(self, schemes: Sequence[Scheme]) -> None:

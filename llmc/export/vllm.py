@@ -41,6 +41,7 @@ class VLLM(Exporter):
     folder = "vllm_quant_model"
     backend: ClassVar[str] = "vLLM"
     mixes_schemes = True
+    carries_images = True
     stores_group_index = False
     runs_rotations = True
 
@@ -116,15 +117,15 @@ class VLLM(Exporter):
 
     def config(self, original: dict[str, Any], layers: list[Layer]) -> dict[str, Any]:
         """The original's with a ``quantization_config``; ignored Linears by their exact names."""
-        ignored = [layer.name for layer in layers if layer.spec is None]
-        quantized = {layer.name: layer.scheme for layer in layers if layer.spec is not None}
+        ignored = [name for layer in layers if layer.spec is None for name in layer.names]
+        quantized = {name: layer.scheme for layer in layers if layer.spec is not None for name in layer.names}
         groups = config_groups(quantized or dict(zip(("Linear",), self.schemes, strict=False)))
         formats = dict.fromkeys(group.format for group in groups) or {_DENSE: None}
         quantization = QuantizationConfig(
             config_groups={f"group_{index}": group for index, group in enumerate(groups)},
             format=next(iter(formats)) if len(formats) == 1 else _SEVERAL,
             quantization_status="compressed",
-            ignore=["lm_head", *ignored, *_ROUTERS] if groups else [],
+            ignore=list(dict.fromkeys(["lm_head", *ignored, *_ROUTERS])) if groups else [],
             kv_cache_scheme=None if self.kv is None else _CACHE_SCHEME,
         ).model_dump(mode="json")
         quantization |= {"quant_method": "compressed-tensors"} | transforms(layers)

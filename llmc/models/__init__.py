@@ -1,8 +1,8 @@
 """Architectures as data, and the function-preserving changes that they allow."""
 
-from .adapter import Heads, ModelAdapter, Residual, Space, Subset, heads_of
+from .adapter import Heads, Images, ModelAdapter, Residual, Space, Subset, heads_of
 from .fold import ScaleRule, fold_scale, fold_shift, scale_rule, smoothed
-from .registry import ADAPTERS, find_adapter
+from .registry import ADAPTERS, find_adapter, refuse_foreign_layout
 from .reorder import Moves, Orders, check_reorderable, gather_norms, over_query_heads, plan_moves, reorder_block
 from .rotate import residual_of, rotate_block, rotate_embedding, rotate_head
 from .selection import BlockSelection
@@ -11,6 +11,7 @@ __all__ = [
     "ADAPTERS",
     "BlockSelection",
     "Heads",
+    "Images",
     "ModelAdapter",
     "Moves",
     "Orders",
@@ -26,6 +27,7 @@ __all__ = [
     "heads_of",
     "over_query_heads",
     "plan_moves",
+    "refuse_foreign_layout",
     "reorder_block",
     "residual_of",
     "rotate_block",

@@ -82,6 +82,9 @@ class Residual:
 
     Attributes:
         writers: the modules in front of the blocks whose weights' rows are added to it.
+        linears: the Linears there whose outputs are, such as the last of a projector of image features; ``*`` stands
+            for any number.
+        vectors: the parameters there that are it themselves.
         norm: the norm behind the last block.
         readers: the Linears that read that norm's output; they have no bias, or one that nothing must change.
         offset: what the norm adds to its weight before it multiplies by it.
@@ -93,6 +96,29 @@ class Residual:
     readers: tuple[str, ...]
     keeps_mean: bool = False
     offset: float = 0.0
+    linears: tuple[str, ...] = ()
+    vectors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a family that reads images has besides its language blocks. Encoder and projector stand in front of them.
+
+    Attributes:
+        mark: the text that stands for an image in a prompt, as the model's processor wants it.
+        optional: the child of those blocks that a forward without images leaves out; "": it calls every block.
+        between: whether features of the image are added to the hidden state between blocks, too.
+        looks_ahead: whether tokens of an image attend to those behind them.
+    """
+
+    mark: str
+    optional: str = ""
+    between: bool = False
+    looks_ahead: bool = False
+
+    def may_skip(self, block: nn.Module) -> bool:
+        """Whether a forward may leave a block out."""
+        return any(name == self.optional for name, _ in block.named_children())
 
 
 @dataclass(frozen=True)
@@ -116,12 +142,12 @@ def heads_of(config: Any) -> Heads:
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """A family of decoder-only models.
+    """A family of decoder-only models, or of such that read images besides.
 
     Attributes:
         name: what ``model.type`` says in a YAML file.
         model_types: the ``model_type`` values of ``config.json`` that it serves.
-        blocks: dotted path of the list of blocks inside the causal language model.
+        blocks: dotted path of the list of (language) blocks inside the whole model.
         head: names of the modules behind the last block; whatever is neither here nor in a block comes before it.
         subsets: from the model's (text) config and a block, which may be empty (on the meta device), to that block's
             subsets, in execution order.
@@ -129,6 +155,8 @@ class ModelAdapter:
         heads: from the same config to the attention's geometry.
         residual: from the same config to the residual stream outside of the blocks; raises ModelError with the reason
             where it can't be rotated. None if nobody declared it.
+        images: how it reads images; None: it doesn't. The whole is then Transformers' model for images and text, else
+            its causal language model.
     """
 
     name: str
@@ -139,6 +167,7 @@ class ModelAdapter:
     aliases: tuple[str, ...] = ()
     heads: Callable[[PretrainedConfig], Heads] = field(default=heads_of)
     residual: Callable[[PretrainedConfig], Residual] | None = None
+    images: Images | None = None
 
     def block_subsets(self, config: PretrainedConfig, blocks: Iterable[nn.Module]) -> tuple[tuple[Subset, ...], ...]:
         """The subsets of each block of a model."""

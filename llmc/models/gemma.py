@@ -30,8 +30,11 @@ def residual(config: PretrainedConfig) -> Residual:
     return replace(llama.residual(config), offset=1.0)
 
 
+refused = never_rotated("Gemma", BEHIND_BRANCHES)
+"""The ``residual`` of the later generations."""
+
+
 def _later(name: str, model_type: str) -> ModelAdapter:
-    refused = never_rotated(name, BEHIND_BRANCHES)
     return ModelAdapter(name, (model_type,), "model.layers", ("model.norm", "lm_head"), later, residual=refused)
 
 

@@ -26,13 +26,37 @@ from .qwen_moe import QWEN2_MOE, QWEN3_MOE
 from .siblings import GRANITE, MINICPM, SMOLLM3
 from .stablelm import STABLELM
 from .starcoder import BIGCODE, STARCODER2
+from .vision import VISION
 
 ADAPTERS: tuple[ModelAdapter, ...] = (
     *(LLAMA, LLAMA4, MISTRAL, QWEN, QWEN2, QWEN3, SMOLLM3, GRANITE, MINICPM, INTERNLM2),
     *(GEMMA, GEMMA2, GEMMA3, PHI, PHI3, GLM, GLM4, CHATGLM, OLMO2, STABLELM),
     *(OPT, BLOOM, FALCON, GPT_NEOX, BIGCODE, STARCODER2, GPT2),
     *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_NEXT, DEEPSEEK2, DEEPSEEK3, GPT_OSS),
+    *VISION,
 )
+
+_ELSEWHERE = {
+    "internvl_chat": (
+        "this is InternVL with remote code (model_type internvl_chat), whose modules Transformers doesn't know",
+        "take its conversion for Transformers (a repository whose name ends in -hf: model_type internvl)",
+    ),
+    "llava_llama": (
+        "this is LLaVA as its authors' code stores it (model_type llava_llama), which Transformers doesn't know",
+        "take its conversion for Transformers, such as llava-hf/llava-1.5-7b-hf (model_type llava)",
+    ),
+}
+"""Layouts that another checkpoint of the same model replaces."""
+
+
+def refuse_foreign_layout(model_type: str) -> None:
+    """Refuse a checkpoint that exists in a layout which can be used.
+
+    Raises:
+        ModelError: names that.
+    """
+    if model_type in _ELSEWHERE:
+        raise ModelError(*_ELSEWHERE[model_type])
 
 
 def find_adapter(requested: str, model_type: str) -> ModelAdapter:

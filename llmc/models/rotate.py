@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -145,15 +146,28 @@ def rotate_embedding(weights: Mapping[str, Tensor], declared: Residual, rotation
     """Rotate what is in front of the blocks.
 
     Args:
-        weights: by the model's parameter names; embeddings are ``[rows, n]``.
+        weights: by the model's parameter names; embeddings are ``[rows, n]``, Linears ``[n, in]`` with a bias ``[n]``,
+            vectors ``[n]``.
         declared: which of them are added to the residual.
         rotation: R1.
 
     Returns:
         All of them, in their dtypes.
     """
-    names = {f"{writer}.weight" for writer in declared.writers}
-    return {name: _in_chunks(weight, rotation) if name in names else weight for name, weight in weights.items()}
+    rows = {f"{writer}.weight" for writer in declared.writers}
+
+    def rotated(name: str, tensor: Tensor) -> Tensor:
+        owner, _, kind = name.rpartition(".")
+        linear = any(fnmatchcase(owner, pattern) for pattern in declared.linears)
+        if name in rows:
+            return _in_chunks(tensor, rotation)
+        if linear and kind == "weight":
+            return rotation(tensor.double().T).T.to(tensor.dtype).contiguous()
+        if name in declared.vectors or (linear and kind == "bias"):
+            return rotation(tensor.double()).to(tensor.dtype)
+        return tensor
+
+    return {name: rotated(name, tensor) for name, tensor in weights.items()}
 
 
 def rotate_head(weights: Mapping[str, Tensor], declared: Residual, rotation: Rotation) -> dict[str, Tensor]:

@@ -20,13 +20,15 @@ class BlockSelection:
 
     Attributes:
         count: blocks of the original model.
-        path: dotted path of the list of blocks, such as ``model.layers``. In a checkpoint its last part counts.
+        path: dotted path of the list of blocks, such as ``model.layers``.
         dropped: numbers of those that don't stay.
+        stored: the same path in the checkpoint; None: whatever ends like it.
     """
 
     count: int
     path: str
     dropped: frozenset[int] = frozenset()
+    stored: str | None = None
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -71,7 +73,10 @@ class BlockSelection:
         )
 
     def _number(self, name: str) -> re.Match[str] | None:
-        return re.search(rf"(?:^|\.){re.escape(self.path.rpartition('.')[2])}\.(\d+)(?=\.)", name)
+        if self.stored is None:
+            return re.search(rf"(?:^|\.){re.escape(self.path.rpartition('.')[2])}\.(\d+)(?=\.)", name)
+        # An encoder in front of the blocks has layers of its own.
+        return re.match(rf"(?:{re.escape(self.stored)}|{re.escape(self.path)})\.(\d+)(?=\.)", name)
 
     def _with(self, name: str, numbers: Mapping[int, int]) -> str:
         found = self._number(name)

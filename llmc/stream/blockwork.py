@@ -22,6 +22,7 @@ from ..algorithms import (
     Step,
     SubsetView,
     TuneNote,
+    treat_unseen,
 )
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..models.experts import LinearExperts
@@ -183,7 +184,7 @@ class BlockWork:
             raise ValueError("a recipe ends with a pruner or a quantizer")
         if step.algorithm.kind == "quantizer":
             run = compressed if step.needs.compressed_stream else original
-            if step.algorithm.learns:
+            if step.algorithm.learns and not (run is not None and run.left_out):
                 with self._working_on(self.block.modules()):
                     self._learn(step, run, original)
                 self._phase(step, None, keep=False)
@@ -215,8 +216,9 @@ class BlockWork:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def _phase(self, step: Step, run: BlockRun | None, *, keep: bool) -> None:
+        """One step over all subsets. A block that every batch passes by gets what needs no data."""
         views: list[SubsetView] = []
-        searching = step.algorithm.kind == "transform"
+        searching, unseen = step.algorithm.kind == "transform", run is not None and run.left_out
         every = transformed_units(self.subsets) if searching else self._solved
         units = [unit for unit in every if step.algorithm.covers(unit.subset)]
 
@@ -230,7 +232,11 @@ class BlockWork:
             linears = [linear for view in own for linear in view.linears.values()]
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if searching else unheaped(), self._working_on(linears):
-                step.algorithm.solve(own)
+                if unseen:
+                    for view in own:
+                        treat_unseen(step.algorithm, view)
+                else:
+                    step.algorithm.solve(own)
                 for view, (one, _, why) in zip(own, seen, strict=True):
                     if unit.experts:
                         view.notes = {name: note.of_expert(one.tokens, why) for name, note in view.notes.items()}
@@ -244,7 +250,7 @@ class BlockWork:
             views.extend(own)
             trim_heap()
 
-        if run is None:
+        if run is None or unseen:
             for position, unit in enumerate(units):
                 solve(position, [Observed(part, Statistics(), None) for part in range(len(unit.parts))])
         else:

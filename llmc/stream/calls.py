@@ -3,39 +3,73 @@
 Every block is replaced by a recorder that remembers its arguments and returns the hidden state unchanged. Blocks may be
 called differently (sliding and full attention, several rope sets): the arguments are kept for each. Some models expect
 a tensor of their blocks, others a tuple: a recorder's output is both.
+
+Where a model adds features of an image to the hidden state between blocks, the recorders return zeros instead: what
+reaches the next one then *is* what the model adds, and adding it to any other hidden state gives what the model would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .skeleton import EMBED, Skeleton
+from .batch import Batch
+from .skeleton import EMBED, HEAD, Skeleton
 
 _HEAD_TOKENS = 256  # logits are made for so many tokens at a time: a large vocabulary would fill the memory
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a block besides the hidden state."""
+    """Arguments of a block besides the hidden state.
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Attributes:
+        args: positional ones.
+        kwargs: named ones.
+        added: what the model adds to the hidden state in front of the block, ``[batch, tokens, hidden]``; or None.
+        left_out: whether the model doesn't call the block at all: the hidden state passes by.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    added: Tensor | None = None
+    left_out: bool = False
 
     def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
-        """Run a block as the model would; ``hidden`` is ``[batch, tokens, hidden]``, so is the result."""
-        output = block(hidden, *self.args, **self.kwargs)
+        """Run a block as the model would; ``hidden`` is ``[batch, tokens, hidden]``, so is the result. Arguments may
+        wait on another device."""
+        hidden = hidden if self.added is None else hidden + self.added.to(hidden.device)
+        if self.left_out:
+            return hidden
+        args, kwargs = _moved((self.args, self.kwargs), hidden.device, {})
+        output = block(hidden, *args, **kwargs)
         hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
+    def waiting(self, device: torch.device, known: dict[int, Tensor]) -> Call:
+        """The same with arguments on a device; ``known`` keeps those that several blocks share one."""
+        args, kwargs, added = _moved((self.args, self.kwargs, self.added), device, known)
+        return Call(args, kwargs, added, self.left_out)
 
-class _LastBlock(Exception):
+
+def _moved(value: Any, device: torch.device, known: dict[int, Tensor]) -> Any:
+    """Arguments with all their tensors on a device."""
+    if isinstance(value, Tensor):
+        return value if value.device == device else known.setdefault(id(value), value.to(device))
+    if type(value) is dict:
+        return {name: _moved(inner, device, known) for name, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(inner, device, known) for inner in value)
+    return value
+
+
+class _Behind(Exception):
     """Ends a dry forward behind the last block."""
 
 
@@ -64,12 +98,14 @@ class _Output(Tensor):
 class _Recorder(nn.Module):
     """Stands in for a block; whatever else the model asks of it, the real block answers."""
 
-    def __init__(self, real: nn.Module, returned: Tensor | None, *, last: bool) -> None:
+    def __init__(self, real: nn.Module, returned: Tensor | None, *, last: bool, zeros: bool) -> None:
         super().__init__()
         self.__dict__["real"] = real
-        self.returned, self.last = None if returned is None else _Output.of(returned), last
+        self.returned = None if returned is None else _Output.of(returned)
+        self.last, self.zeros = last, zeros
         self.call: Call | None = None
         self.hidden: Tensor | None = None
+        self.passed: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -83,14 +119,15 @@ class _Recorder(nn.Module):
         if self.returned is not None:
             return self.returned
         if self.last:
-            raise _LastBlock
-        return _Output.of(self.hidden)
+            raise _Behind
+        self.passed = torch.zeros_like(self.hidden) if self.zeros else self.hidden
+        return _Output.of(self.passed)
 
 
 @contextmanager
-def _recording(blocks: nn.ModuleList, returned: Tensor | None) -> Iterator[list[_Recorder]]:
+def _recording(blocks: nn.ModuleList, returned: Tensor | None, *, zeros: bool = False) -> Iterator[list[_Recorder]]:
     real = list(blocks)
-    recorders = [_Recorder(block, returned, last=block is real[-1]) for block in real]
+    recorders = [_Recorder(block, returned, last=block is real[-1], zeros=zeros) for block in real]
     try:
         for index, recorder in enumerate(recorders):
             blocks[index] = recorder
@@ -108,30 +145,47 @@ class Recorded:
     calls: list[Call]
 
 
-def record(skeleton: Skeleton, tokens: Tensor) -> Recorded:
-    """Run the model's own code around its blocks on ``tokens`` ``[batch, tokens]``.
+def record(skeleton: Skeleton, batch: Batch, device: torch.device) -> Recorded:
+    """Run the model's own code around its blocks on a batch; the embedding's unit is loaded.
 
     Raises:
-        ModelError: code between two blocks changes the hidden state, which a pass over blocks would lose; or that isn't
-            ``[batch, tokens, hidden]``.
+        ModelError: code between two blocks changes the hidden state in a way that a pass over blocks would lose, a
+            block wasn't called that every forward must call, or the hidden state isn't ``[batch, tokens, hidden]``.
     """
-    with _recording(skeleton.blocks, None) as recorders, suppress(_LastBlock):
-        skeleton.model(input_ids=tokens, use_cache=False)
-    first = recorders[0].hidden
+    adds = batch.has_images and skeleton.images is not None and skeleton.images.between
+    with (
+        _recording(skeleton.blocks, None, zeros=adds) as recorders,
+        _ending(skeleton),
+        suppress(_Behind),
+    ):
+        skeleton.model(**batch.to(device, skeleton.model.dtype), use_cache=False)
+    first = next((recorder.hidden for recorder in recorders if recorder.hidden is not None), None)
     if first is None:
         raise ModelError("the model never called its blocks", "the adapter's path of the blocks must be wrong")
-    if first.shape[:-1] != tokens.shape:
+    if first.shape[:-1] != batch.tokens.shape:
+        shape = list(batch.tokens.shape)
         raise ModelError(
-            f"the hidden state of {list(tokens.shape)} tokens is {list(first.shape)}, not [batch, tokens, hidden]",
+            f"the hidden state of {shape} tokens is {list(first.shape)}, not [batch, tokens, hidden]",
             "this is older code of the model's authors: look for a checkpoint that comes with newer one",
         )
+    calls, expected = [], first
     for index, recorder in enumerate(recorders):
-        if recorder.hidden is not first:
-            raise ModelError(
-                f"the model changes the hidden state in front of block {index}", "it needs an adapter of its own"
-            )
-    calls = [recorder.call for recorder in recorders if recorder.call is not None]
+        calls.append(_call_of(skeleton, index, recorder, expected, adds=adds))
+        expected = expected if recorder.passed is None else recorder.passed
     return Recorded(first, calls)
+
+
+def _call_of(skeleton: Skeleton, index: int, recorder: _Recorder, expected: Tensor, *, adds: bool) -> Call:
+    """What a recorder saw of its block; ``expected`` is what the one before it returned."""
+    if recorder.call is None or recorder.hidden is None:
+        if skeleton.images is not None and skeleton.images.may_skip(skeleton.blocks[index]):
+            return Call(left_out=True)
+        raise ModelError(f"the model doesn't call block {index}", "it needs an adapter of its own")
+    if recorder.hidden is expected:
+        return recorder.call
+    if adds:
+        return replace(recorder.call, added=recorder.hidden)
+    raise ModelError(f"the model changes the hidden state in front of block {index}", "it needs an adapter of its own")
 
 
 def token_losses(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -154,13 +208,26 @@ def token_losses(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat(losses, dim=1)
 
 
+def _stubbed(skeleton: Skeleton, returned: Tensor) -> AbstractContextManager[None]:
+    """Within the context whatever stands in front of the blocks returns the hidden state."""
+    return _replaced(skeleton.modules_of(EMBED), lambda *args, **kwargs: returned)
+
+
+def _ending(skeleton: Skeleton) -> AbstractContextManager[None]:
+    """Within the context a forward ends behind the blocks, also one that leaves out the last of them."""
+
+    def end(*args: Any, **kwargs: Any) -> None:
+        raise _Behind
+
+    return _replaced(skeleton.modules_of(HEAD), end)
+
+
 @contextmanager
-def _stubbed(skeleton: Skeleton, returned: Tensor) -> Iterator[None]:
-    stubbed: Sequence[nn.Module] = skeleton.modules_of(EMBED)
-    for module in stubbed:
-        module.forward = lambda *args, **kwargs: returned
+def _replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    for module in modules:
+        module.forward = forward
     try:
         yield
     finally:
-        for module in stubbed:
+        for module in modules:
             del module.forward

@@ -19,6 +19,7 @@ from ..models import Heads, Subset
 from ..quant import KvRanges, UnitRecord
 from .activations import ActivationStore
 from .attention import attending, attending_to_cache, cache_ranges
+from .batch import Batch
 from .blockwork import BlockWork, WorkContext
 from .calls import token_losses
 from .clustered import ClusteredBlock
@@ -143,16 +144,16 @@ class Engine:
         give_back_memory()
         return raw if kept else {}
 
-    def _wanted_streams(self) -> dict[str, Sequence[Tensor]]:
+    def _wanted_streams(self) -> dict[str, Sequence[Batch]]:
         """Streams that somebody reads."""
-        wanted: dict[str, Sequence[Tensor]] = {}
+        wanted: dict[str, Sequence[Batch]] = {}
         if self._recipe.original_stream:
-            wanted["calib.original"] = self._batches["calib"].tokens
+            wanted["calib.original"] = self._batches["calib"].batches
         if self._recipe.compressed_stream:
-            wanted["calib.compressed"] = self._batches["calib"].tokens
+            wanted["calib.compressed"] = self._batches["calib"].batches
         for kind in ("eval", "decode"):
             for position in sorted(self._batches[kind].positions):
-                wanted[f"{kind}.{position}"] = self._batches[kind].tokens
+                wanted[f"{kind}.{position}"] = self._batches[kind].batches
         return wanted
 
     def _restore(self) -> int:
@@ -276,7 +277,7 @@ class Engine:
     def _run(self, index: int, stream: str) -> BlockRun | None:
         if stream not in self._store.streams:
             return None
-        batches = self._batches[stream.partition(".")[0]].tokens
+        batches = self._batches[stream.partition(".")[0]].batches
         return self._entrance.run(index, stream, batches, partial(self._attention, stream))
 
     def _attention(self, stream: str) -> AbstractContextManager[None]:
@@ -351,8 +352,8 @@ class Engine:
     def _losses(self, kind: str, position: str) -> list[Tensor]:
         stream = self._store.streams[f"{kind}.{position}"]
         return [
-            token_losses(self._skeleton, stream.load(index, self._device), tokens.to(self._device)).cpu()
-            for index, tokens in enumerate(self._batches[kind].tokens)
+            token_losses(self._skeleton, stream.load(index, self._device), batch.tokens.to(self._device)).cpu()
+            for index, batch in enumerate(self._batches[kind].batches)
         ]
 
     def _write_through(self, unit: str, raw: dict[str, Tensor]) -> None:

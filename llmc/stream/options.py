@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from .batch import Batch
+
 
 class Listener(Protocol):
     """Hears of a run's progress."""
@@ -24,9 +26,9 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class Batches:
-    """Token batches ``[batch, tokens]``, int64, and the model states that they are run through."""
+    """What the model is given, and its states that it is run through."""
 
-    tokens: Sequence[Tensor]
+    batches: Sequence[Batch]
     positions: frozenset[str] = frozenset()
 
 

@@ -7,7 +7,7 @@ compare what it loads with ``from_pretrained``, tensor for tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,6 +28,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
+from ..models import BlockSelection, Images
 from ..models.experts import HostMemory, LinearExperts, linearize_experts
 from ..models.linearize import linearize
 from .configuration import check_config
@@ -63,6 +64,13 @@ def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
+def auto_class(config: PretrainedConfig) -> Any:
+    """Which of Transformers' automatic classes makes the whole model of a configuration: that for images and text where
+    there is an encoder in it."""
+    reads_images = hasattr(config, "vision_config") and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """What a checkpoint of an architecture holds, by the checkpoint's own names.
@@ -73,16 +81,22 @@ class Anatomy:
             experts, which Transformers keeps in one tensor, count as ``Linear``.
         tied: tensors that needn't be there, since others hold their values.
         prefix: what names may begin with, or leave out.
+        modules: the model's own names of its modules, which a checkpoint's may differ from.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     classes: Mapping[str, str]
     tied: frozenset[str]
     prefix: str
+    modules: frozenset[str]
 
 
-def anatomy(folder: Path) -> Anatomy:
+def anatomy(folder: Path, names: Collection[str] = ()) -> Anatomy:
     """What a checkpoint with this ``config.json`` holds before anything is quantized. No code of its own is run.
+
+    Args:
+        folder: of the checkpoint.
+        names: of its tensors: an encoder has had several spellings, and its names are told in the one that is there.
 
     Raises:
         CheckpointError: Transformers doesn't understand it.
@@ -90,9 +104,8 @@ def anatomy(folder: Path) -> Anatomy:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)
-        auto: Any = AutoModelForCausalLM
         with unheaped(), init_empty_weights(include_buffers=False):
-            model: Any = auto.from_config(config)
+            model: Any = auto_class(config).from_config(config)
     except Exception as problem:  # configurations and models of any family, each with errors of its own
         raise CheckpointError(
             f"{folder}/config.json can't be used: {problem}", "is it a causal language model?"
@@ -100,6 +113,9 @@ def anatomy(folder: Path) -> Anatomy:
     state = model.state_dict()
     own = {id(tensor): name for name, tensor in state.items()}
     stored = revert_weight_conversion(model, state)
+    if auto_class(config) is AutoModelForImageTextToText:
+        spelled = _spelled(model, state, names)
+        stored = {spelled.get(own.get(id(tensor), name), name): tensor for name, tensor in stored.items()}
     renamed = {own[id(tensor)]: name for name, tensor in stored.items() if id(tensor) in own}
     classes = {
         renamed[f"{name}.weight"].removesuffix(".weight"): "Linear"
@@ -112,7 +128,22 @@ def anatomy(folder: Path) -> Anatomy:
     classes |= {name.removesuffix(".weight"): "Linear" for name in split if name.endswith(".weight")}
     tied = frozenset(renamed[name] for name in getattr(model, "all_tied_weights_keys", None) or {} if name in renamed)
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    return Anatomy(shapes, classes, tied, f"{model.base_model_prefix}.")
+    modules = frozenset(name for name, _ in model.named_modules())
+    return Anatomy(shapes, classes, tied, f"{model.base_model_prefix}.", modules)
+
+
+def _spelled(model: Any, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, str]:
+    """The names in a checkpoint of the model's parameters, by their own; a quantized weight's is told by its parts."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    found: dict[str, str] = {}
+    for name in names:
+        for candidate in (name, f"{name.rpartition('.')[0]}.weight"):
+            renamed, _ = rename_source_key(candidate, renamings, [], model.base_model_prefix, dict(state))
+            if renamed in state:
+                found.setdefault(renamed, candidate)
+                break
+    return found
 
 
 @dataclass(frozen=True)
@@ -149,7 +180,9 @@ class Skeleton:
 
     Attributes:
         model: the transformers model.
-        blocks: its blocks, as found at the adapter's path.
+        path: the adapter's path of the blocks.
+        blocks: its blocks, as found there.
+        images: how it reads images; None: it doesn't.
         units: checkpoint names of each unit's tensors.
         parameter_of: from checkpoint name to the model's parameter name.
     """
@@ -164,16 +197,18 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
         trust_remote_code: bool = False,
+        images: Images | None = None,
     ) -> None:
         logging: Any = transformers_logging  # parts of it have no annotations
         logging.disable_progress_bar()
         # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
         with unheaped(), init_empty_weights(include_buffers=False):
-            auto: Any = AutoModelForCausalLM  # from_config has no annotations
+            auto: Any = AutoModelForCausalLM if images is None else AutoModelForImageTextToText  # not annotated
             self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         linearize(self.model)
         self.model.eval()
         self._experts = linearize_experts(self.model)
+        self.images = images
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
         if wrong:
             raise ModelError(f"parameter {wrong[0]} insists on another dtype than {dtype}", "set model.torch_dtype")
@@ -183,6 +218,7 @@ class Skeleton:
             for name, buffer in list(module._buffers.items()):
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
+        self.path = blocks
         self.blocks: nn.ModuleList = self.model.get_submodule(blocks)
         self.units: dict[str, list[str]] = {EMBED: [], HEAD: []}
         self.units |= {block_unit(index): [] for index in range(len(self.blocks))}
@@ -303,9 +339,19 @@ class Skeleton:
                 module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
 
     def modules_of(self, unit: str) -> list[nn.Module]:
-        """The modules that own the parameters of a unit."""
+        """The modules that own the parameters of a unit, but for those that hold the blocks too."""
         owners = {self.parameter_of[name].rpartition(".")[0] for name in self.units[unit]}
-        return [self.model.get_submodule(owner) for owner in sorted(owners)]
+        return [self.model.get_submodule(owner) for owner in sorted(owners) if not self.path.startswith(f"{owner}.")]
+
+    def selection(self, dropped: frozenset[int] = frozenset()) -> BlockSelection:
+        """The blocks without some."""
+        return BlockSelection(len(self.blocks), self.path, dropped, self._stored_path())
+
+    def _stored_path(self) -> str | None:
+        """The path of the blocks in the checkpoint; None if its names don't end like the model's."""
+        name = next(iter(self.units[block_unit(0)]), "")
+        inside = self.parameter_of[name].removeprefix(self.path) if name else ""
+        return name.removesuffix(inside) if inside and name.endswith(inside) else None
 
     def tie(self) -> None:
         """Share the loaded embedding with the head again, where the model ties them."""

@@ -164,6 +164,11 @@ class BlockRun:
     device: torch.device
     attention: Callable[[], AbstractContextManager[None]] = nullcontext
 
+    @property
+    def left_out(self) -> bool:
+        """Whether no batch reaches the block: the model calls it for other inputs only."""
+        return all(call.left_out for call in self.calls)
+
     def forward(self, batch: int) -> Tensor:
         """Output of one batch with the weights as they are."""
         return self.calls[batch](self.block, self.inputs.load(batch, self.device))

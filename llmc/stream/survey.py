@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .activations import ActivationStore
+from .batch import Batch
 from .entrance import Entrance
 from .journal import Journal
 from .memory import give_back_memory, short_collections
@@ -41,7 +42,7 @@ class Survey:
     Args:
         skeleton: the empty model; it is empty again afterwards.
         source: its weights.
-        batches: tokens ``[batch, tokens]`` each.
+        batches: what the model is given.
         statistic: makes an empty statistic of a block.
         store: for the one stream; nothing else may be in it.
         journal: gets a row for each block.
@@ -55,7 +56,7 @@ class Survey:
         *,
         skeleton: Skeleton,
         source: BlockSource,
-        batches: Sequence[Tensor],
+        batches: Sequence[Batch],
         statistic: Callable[[], BlockStatistic],
         store: ActivationStore,
         journal: Journal,

@@ -73,7 +73,7 @@ def _check_tensors(folder: Path, report: Report, comparison: Comparison | None) 
     if config is None:
         return
     try:
-        method, model = read_method(config), anatomy(folder)
+        method, model = read_method(config), anatomy(folder, stored.entries)
     except LlmcError as error:
         report.unjudged = f"{error.message}{f' ({error.remedy})' if error.remedy else ''}"
         return

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from ..errors import CheckpointError, DataError
 from ..eval.perplexity import mean_losses, perplexity
 from ..export import read_config
+from ..stream.skeleton import auto_class
 from .findings import Report
 
 PROMPT = "The capital of France is"
@@ -65,8 +66,8 @@ def _load_transformers(folder: Path, tokenizer: Any, windows: Tensor | None, rep
     quantization = read_config(folder).get("quantization_config") or {}
     packed = quantization.get("quant_method") == "compressed-tensors"
     options: dict[str, Any] = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if packed else {}
-    auto: Any = AutoModelForCausalLM  # annotated without what output_loading_info returns
     try:
+        auto = auto_class(AutoConfig.from_pretrained(folder))
         model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     except Exception as problem:  # whatever a loader raises on a folder that it can't load
         report.found("config.json", "", f"Transformers can't load it: {_last(str(problem))}")

@@ -70,7 +70,8 @@ def _as_named(model: Anatomy, stored: Stored) -> Anatomy:
         return model
     shapes = {name.removeprefix(prefix): shape for name, shape in model.shapes.items()}
     classes = {name.removeprefix(prefix): kind for name, kind in model.classes.items()}
-    return Anatomy(shapes, classes, frozenset(name.removeprefix(prefix) for name in model.tied), prefix)
+    tied = frozenset(name.removeprefix(prefix) for name in model.tied)
+    return Anatomy(shapes, classes, tied, prefix, model.modules)
 
 
 class _Check:
@@ -151,7 +152,9 @@ class _Check:
         """One tensor."""
         entry = self._stored.entries.get(name)
         if entry is None:
-            if not (expected.optional or name in self._model.tied or name in self._stored.lost):
+            module = name.rpartition(".")[0]
+            shared = name in self._model.tied or (f"{module}.weight" in self._model.tied and module not in self._parts)
+            if not (expected.optional or shared or name in self._stored.lost):
                 self._report.found(self._stored.place(name), name, f"is missing ({expected.describe()})")
         elif entry.dtype not in expected.dtypes:
             self._report.found(entry.file, name, f"is {name_of(entry.dtype)}, not {expected.describe()}")
@@ -184,7 +187,8 @@ class _Check:
     def _check_names(self) -> None:
         """Names that config.json gives lead to something."""
         for name in dict.fromkeys(self._method.names()):
-            if not any(known == name or known.startswith(f"{name}.") for known in self._model.classes):
+            known = name in self._model.modules
+            if not known and not any(one == name or one.startswith(f"{name}.") for one in self._model.classes):
                 self._report.found(
                     _CONFIG, name, "is named in quantization_config, and the model has no such module", _MEND
                 )

@@ -9,10 +9,16 @@ from transformers import LlamaModel
 
 from llmc.errors import ModelError
 from llmc.stream import calls
-from llmc.stream.calls import record, token_losses
+from llmc.stream.batch import Batch
+from llmc.stream.calls import Recorded, token_losses
+from llmc.stream.calls import record as record_batch
 from llmc.stream.skeleton import EMBED, HEAD
 
 LENGTH = 24  # longer than mistral's window
+
+
+def record(skeleton, ids) -> Recorded:
+    return record_batch(skeleton, Batch(ids), torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

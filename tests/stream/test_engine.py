@@ -26,6 +26,7 @@ from llmc.models import residual_of
 from llmc.quant import ActSpec, Fp8Grid, IntGrid, KvSpec, PerGroup, PerTensor, QuantSpec
 from llmc.stream import engine as engine_module
 from llmc.stream.activations import ActivationStore
+from llmc.stream.batch import Batch
 from llmc.stream.engine import Batches, Engine, EngineOptions, Outcome
 from llmc.stream.files import write_json
 from llmc.stream.journal import Journal
@@ -123,8 +124,8 @@ class Pass:
                 recipe=recipe,
                 subsets=subsets,
                 heads=heads,
-                calib=Batches(self.calib),
-                evaluation=Batches(self.evaluation, frozenset(self.positions)),
+                calib=Batches(list(map(Batch, self.calib))),
+                evaluation=Batches(list(map(Batch, self.evaluation)), frozenset(self.positions)),
                 sinks=[sink for sink in sinks if not sink.format.transformed_only],
                 transformed=next((sink for sink in sinks if sink.format.transformed_only), None),
                 store=ActivationStore(state, self.budget),
@@ -133,7 +134,7 @@ class Pass:
                 options=EngineOptions(forward=self.forward, checkpoint_every=self.checkpoint_every),
                 listener=self.witness,
                 frame=frame,
-                decoding=Batches(self.evaluation, frozenset(self.decoded)),
+                decoding=Batches(list(map(Batch, self.evaluation)), frozenset(self.decoded)),
             ).run()
         finally:
             source.close()
