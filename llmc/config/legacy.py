@@ -26,8 +26,8 @@ FLOAT_BITS = ("e4m3", "e5m2", "e3m2", "e4m7", "e2m1", *MICRO_GROUPS)
 FOUR_IN_EIGHT = 48  # the number by which LLMC calls 4-bit weights whose group scales are 8-bit integers
 MODEL_TYPES = _words(
     "auto Bloom ChatGLM DeepseekV2 DeepseekV3 Falcon GPT2 Gemma Gemma2 Gemma3 Glm Glm4 GptBigCode GptNeoX GptOss "
-    "Granite InternLM2 InternVL2 Llama Llama4 Llava LlavaHf Llava_OneVision MiniCPM Mistral Mixtral Mllama OPT Olmo2 Opt "
-    "Phi Phi3 Qwen Qwen2 Qwen2.5VL Qwen2Moe Qwen2VL Qwen3 Qwen3Moe Qwen3Next Qwen3VL SmolLM SmolLM3 StableLm "
+    "Granite InternLM2 InternVL2 Llama Llama4 Llava LlavaHf Llava_OneVision MiniCPM Mistral Mixtral Mllama OPT Olmo2 "
+    "Opt Phi Phi3 Qwen Qwen2 Qwen2.5VL Qwen2Moe Qwen2VL Qwen3 Qwen3Moe Qwen3Next Qwen3VL SmolLM SmolLM3 StableLm "
     "Starcoder Starcoder2"
 )
 _MULTIMODAL = _words("GLM4V InternOmni MiniCPMV Qwen2Audio VideoLLaVA Vila Vit")
