@@ -18,7 +18,7 @@ import pytest
 import torch
 from cases import Case, files_of, words
 from safetensors.torch import load_file
-from transformers import GPT2Config
+from transformers import MambaConfig
 
 from llmc import workspace
 from llmc.algorithms import options_types
@@ -252,8 +252,8 @@ def test_a_bin_file_with_more_in_it_than_tensors_is_not_executed(case, refused, 
 
 
 def test_an_architecture_without_an_adapter_says_what_to_do(case, refused, damaged):
-    GPT2Config(n_layer=2, n_embd=8, n_head=2).save_pretrained(damaged)
-    contains(refused(case(damaged)), "'gpt2'", "llama", "ADAPTERS in llmc/models/registry.py")
+    MambaConfig(num_hidden_layers=2, hidden_size=8).save_pretrained(damaged)
+    contains(refused(case(damaged)), "'mamba'", "llama", "ADAPTERS in llmc/models/registry.py")
 
 
 def test_a_checkpoint_that_is_quantized_already(case, refused, damaged):
@@ -264,9 +264,10 @@ def test_a_checkpoint_that_is_quantized_already(case, refused, damaged):
 
 
 def test_a_checkpoint_that_llmc_wrote_is_quantized_already(case, refused):
-    first = case()
+    symmetric = {"bit": 4, "symmetric": True, "granularity": "per_group", "group_size": 32}
+    first = case(quant={"weight": symmetric}, save={"save_vllm": False, "save_autogptq": True})
     assert main(first.arguments) == 0
-    contains(refused(case(first.save_path / "vllm_quant_model")), "already quantized (compressed-tensors)")
+    contains(refused(case(first.save_path / "autogptq_quant_model")), "already quantized (gptq)", "original")
 
 
 def test_a_missing_tokenizer(case, refused, damaged):

@@ -16,7 +16,13 @@ from cases import WINDOW, Case, reload, write_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from llmc.algorithms import options_types
 from llmc.cli import main
+from llmc.config import load_config
+from llmc.export import without_quantization
+from llmc.models import BlockSelection
+from llmc.prepare import prepare
+from llmc.run import stored_config, stored_source
 from llmc.stream.headers import read_headers
 
 W4 = {"bit": 4, "symmetric": True, "granularity": "per_group", "group_size": 32}
@@ -82,6 +88,17 @@ def test_the_plan_and_the_summary_say_what_the_input_was(case, exported, capsys)
     assert "input" in plan and "decoded to bfloat16" in plan
     assert main(run.arguments) == 0
     assert "decoded to bfloat16" in capsys.readouterr().out
+
+
+def test_formats_get_a_configuration_that_does_not_speak_of_the_inputs_codes(case, exported):
+    config = json.loads((exported / "config.json").read_text())
+    inner = {"quantization_config": config["quantization_config"], "vocab_size": 208}
+    prepared = prepare(load_config(case(exported).content, (), options_types()))
+    selection = BlockSelection(4, prepared.adapter.blocks)
+    assert "quantization_config" in config
+    assert "quantization_config" not in stored_config(prepared, selection)
+    assert "quantization_config" not in stored_source(prepared, selection).config
+    assert without_quantization({"text_config": inner}) == {"text_config": {"vocab_size": 208}}
 
 
 def test_a_killed_run_over_a_compressed_input_goes_on_to_the_same_bytes(case, exported):

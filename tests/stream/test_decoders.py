@@ -380,7 +380,7 @@ K = "model.layers.0.self_attn.k_proj"
     ("changes", "says"),
     [
         ({"remove": f"{K}.weight_scale"}, rf"{K}\.weight is quantized, .* \({K}\.weight_scale\) are missing"),
-        ({"remove": f"{K}.weight_packed", "add": {f"{K}.weight": torch.ones(32, 64)}}, r"weight_packed\) are missing"),
+        ({"remove": f"{K}.weight_packed", "add": {f"{K}.weight": torch.ones(32, 64)}}, "isn't compressed with"),
         ({"remove": f"{K}.weight_shape"}, r"weight_shape\) are missing"),
         ({"remove": f"{K}.weight_zero_point"}, r"weight_zero_point\) are missing"),
         ({"add": {f"{K}.weight_scale": torch.ones(32, 3)}}, r"\[32, 64\]: .*shape \[32, 3\], and \[32, 2\]"),

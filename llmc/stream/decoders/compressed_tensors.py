@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,23 +94,25 @@ def _config(quantization: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _is_coded(name: str, entry: Entry, entries: Mapping[str, Entry]) -> bool:
-    """Whether a tensor is what a quantized module has instead of its weight."""
+    """Whether a tensor is what a quantized module has instead of its weight.
+
+    Raises:
+        CheckpointError: it is a dense weight with scales: somebody would round it only when the model runs.
+    """
     module, _, part = name.rpartition(".")
-    if part == _PACKED:
-        return True
     narrow = entry.dtype in (torch.int8, torch.float8_e4m3fn)
-    return part == _WEIGHT and (narrow or f"{module}.{_SCALE}" in entries)
+    if part == _WEIGHT and not narrow and f"{module}.{_SCALE}" in entries:
+        raise CheckpointError(f"{name} has scales ({_SCALE}), and isn't compressed with them", _ORIGINAL)
+    return part == _PACKED or (part == _WEIGHT and narrow)
 
 
 def _scheme_of(module: str, config: QuantizationConfig) -> QuantizationScheme:
     """The group that names a module most exactly: by its name, by an expression, by its class."""
     found: list[tuple[int, QuantizationScheme]] = []
-    with torch.device("meta"):
-        probes = (nn.Linear(1, 1), nn.Embedding(1, 1))
     for scheme in config.config_groups.values():
         if not isinstance(scheme, QuantizationScheme) or scheme.weights is None:
             continue
-        matched = [target for probe in probes for target in match_targets(module, probe, scheme.targets)]
+        matched = [target for probe in _probes() for target in match_targets(module, probe, scheme.targets)]
         if matched:
             exact = module in matched
             found.append((0 if exact else 1 if any(one.startswith("re:") for one in matched) else 2, scheme))
@@ -119,6 +122,13 @@ def _scheme_of(module: str, config: QuantizationConfig) -> QuantizationScheme:
             "do config.json and the weights belong together? fetch both again",
         )
     return min(found, key=lambda pair: pair[0])[1]
+
+
+@cache
+def _probes() -> tuple[nn.Module, ...]:
+    """Modules of the classes whose weights the library compresses."""
+    with torch.device("meta"):
+        return nn.Linear(1, 1), nn.Embedding(1, 1)
 
 
 def _format_of(module: str, scheme: QuantizationScheme, config: QuantizationConfig) -> str:
