@@ -40,6 +40,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, angles: Tensor) -> Tensor:
     return output.transpose(1, 2).flatten(2)
 
 
+class Gated(nn.Module):
+    """A gated feed-forward part whose Linears have the names that it is given."""
+
+    def __init__(self, names: tuple[str, str, str], hidden: int, width: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.names = names
+        for name, shape in zip(names, [(hidden, width), (hidden, width), (width, hidden)], strict=True):
+            self.add_module(name, nn.Linear(*shape, bias=bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = map(self.get_submodule, self.names)
+        return down(nn.functional.silu(gate(x)) * up(x))
+
+
 class Remote(PreTrainedModel):
     """What all of them need of Transformers."""
 
@@ -48,9 +62,6 @@ class Remote(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.data.normal_(0.0, 0.02)
-
-
-# --- InternLM2 -------------------------------------------------------------------------------------------------------
 
 
 class InternLM2Config(PretrainedConfig):
@@ -77,21 +88,11 @@ class InternLM2Attention(nn.Module):
         return self.wo(attend(query, key, value, angles))
 
 
-class InternLM2MLP(nn.Module):
-    def __init__(self, config: InternLM2Config) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
-
-
 class InternLM2DecoderLayer(nn.Module):
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__()
-        self.attention, self.feed_forward = InternLM2Attention(config), InternLM2MLP(config)
+        self.attention = InternLM2Attention(config)
+        self.feed_forward = Gated(("w1", "w3", "w2"), config.hidden_size, config.intermediate_size)
         self.attention_norm, self.ffn_norm = RMSNorm(config.hidden_size), RMSNorm(config.hidden_size)
 
     def forward(self, hidden_states: Tensor, angles: Tensor) -> tuple[Tensor]:
@@ -128,9 +129,6 @@ class InternLM2ForCausalLM(Remote):
         return CausalLMOutput(logits=self.output(self.model(input_ids)).float())
 
 
-# --- MiniCPM ---------------------------------------------------------------------------------------------------------
-
-
 class MiniCPMConfig(PretrainedConfig):
     model_type = "minicpm"
 
@@ -157,21 +155,11 @@ class MiniCPMAttention(nn.Module):
         return self.o_proj(attend(query, key, value, angles))
 
 
-class MiniCPMMLP(nn.Module):
-    def __init__(self, config: MiniCPMConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class MiniCPMDecoderLayer(nn.Module):
     def __init__(self, config: MiniCPMConfig) -> None:
         super().__init__()
-        self.self_attn, self.mlp = MiniCPMAttention(config), MiniCPMMLP(config)
+        names = ("gate_proj", "up_proj", "down_proj")
+        self.self_attn, self.mlp = MiniCPMAttention(config), Gated(names, config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size)
         self.depth = config.scale_depth / config.num_hidden_layers**0.5
@@ -216,9 +204,6 @@ class MiniCPMForCausalLM(Remote):
     def forward(self, input_ids: Tensor, use_cache: bool = False, **rest) -> CausalLMOutput:
         hidden_states = self.model(input_ids) / (self.config.hidden_size / self.config.dim_model_base)
         return CausalLMOutput(logits=self.lm_head(hidden_states).float())
-
-
-# --- ChatGLM ---------------------------------------------------------------------------------------------------------
 
 
 class ChatGLMConfig(PretrainedConfig):
@@ -345,9 +330,6 @@ class ChatGLMForConditionalGeneration(Remote):
         return CausalLMOutput(logits=self.transformer.output_layer(self.transformer(input_ids)).float())
 
 
-# --- Qwen ------------------------------------------------------------------------------------------------------------
-
-
 class QWenConfig(PretrainedConfig):
     model_type = "qwen"
 
@@ -369,23 +351,12 @@ class QWenAttention(nn.Module):
         return self.c_proj(attend(query, key, value, angles))
 
 
-class QWenMLP(nn.Module):
-    def __init__(self, config: QWenConfig) -> None:
-        super().__init__()
-        half = config.intermediate_size // 2
-        self.w1 = nn.Linear(config.hidden_size, half, bias=not config.no_bias)
-        self.w2 = nn.Linear(config.hidden_size, half, bias=not config.no_bias)
-        self.c_proj = nn.Linear(half, config.hidden_size, bias=not config.no_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.w1(x) * nn.functional.silu(self.w2(x)))
-
-
 class QWenBlock(nn.Module):
     def __init__(self, config: QWenConfig) -> None:
         super().__init__()
         self.ln_1, self.attn = RMSNorm(config.hidden_size), QWenAttention(config)
-        self.ln_2, self.mlp = RMSNorm(config.hidden_size), QWenMLP(config)
+        self.ln_2, names = RMSNorm(config.hidden_size), ("w2", "w1", "c_proj")
+        self.mlp = Gated(names, config.hidden_size, config.intermediate_size // 2, bias=not config.no_bias)
 
     def forward(self, hidden_states: Tensor, layer_past=None, rotary_pos_emb=None, head_mask=None) -> tuple[Tensor]:
         hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), rotary_pos_emb)

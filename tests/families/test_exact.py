@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmc.errors import ModelError
-from llmc.models import Subset, find_adapter, residual_of
+from llmc.models import Subset, find_adapter, fold_shift, residual_of
 
 
 def exact_model(name: str) -> PreTrainedModel:
@@ -60,6 +60,33 @@ def test_each_part_of_a_declaration_is_needed(name):
         before = output_of(model)
         fold(model, subset, torch.float64)
         assert change(before, output_of(model)) > 1e-4, subset
+
+
+SHIFTED = (
+    *("opt", "bloom", "falcon-rw", "phi", "phi-qk-norm", "gpt-neox", "gpt-neox-sequential", "bigcode", "bigcode-mha"),
+    *("starcoder2", "chatglm-layernorm"),
+)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shift_of_what_a_norm_writes_leaves_the_block_as_it_was(name):
+    """Where norm and readers have biases, also those side by side behind it."""
+    model = exact_model(name)
+    before, shifted = output_of(model), 0
+    block = model.get_submodule(find_adapter("auto", model.config.model_type).blocks)[0]
+    for subset in subsets_of(model):
+        readers = [block.get_submodule(linear) for linear in subset.linears]
+        prev = None if subset.prev is None else block.get_submodule(subset.prev)
+        biased = all(getattr(module, "bias", None) is not None for module in (prev, *readers))
+        if subset.reads == "residual" and biased:
+            shifted += 1
+            width = readers[0].in_features
+            shift = torch.randn(width, generator=torch.Generator().manual_seed(shifted), dtype=torch.float64)
+            kept = prev.bias.clone()
+            fold_shift(prev, readers, shift, torch.float64)
+            assert change(kept, prev.bias) > 0.1
+    assert change(before, output_of(model)) < 1e-10
+    assert (shifted > 0) == (name in SHIFTED)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
