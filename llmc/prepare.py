@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, set_seed
 
 from .algorithms import Frame, Online, Recipe
+from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
 from .data import EvaluationWindows, calibration_samples, evaluation_windows
 from .errors import ConfigError, DataError, ExportError
 from .export import Exporter, Layer, Source
-from .models import Heads, ModelAdapter, Subset, check_reorderable, find_adapter, residual_of
+from .models import Heads, ModelAdapter, Subset, check_reorderable, residual_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, make_estimate, make_layers, stored_dtype
 from .quant import KvSpec
@@ -104,7 +105,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     trust = config.model.trust_remote_code
     folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
     model_config = load_model_config(folder, trust_remote_code=trust)
-    adapter = find_adapter(config.model.type, model_config.model_type)
+    adapter, warnings = adapter_of(config.model, model_config, folder)
     entries = read_headers(folder)
     names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
     stored = entries[names[0]].dtype if names else torch.bfloat16
@@ -119,6 +120,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         trust_remote_code=trust,
     )
     subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
+    check_linears(skeleton.blocks, subsets)
     heads = adapter.heads(model_config.get_text_config())
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
     _check_recipe(config, recipe, skeleton, subsets, compute)
@@ -128,7 +130,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     layers = make_layers(skeleton, entries, heads, subsets, recipe, online)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute)
-    warnings = check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
+    warnings += check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     calib: list[Tensor] = []

@@ -49,9 +49,12 @@ def check_reorderable(subsets: Sequence[Subset]) -> None:
     Raises:
         ModelError: says why.
     """
-    behind_norms = all(subset.prev is not None for subset in subsets)
+    bare = [subset for subset in subsets if subset.prev is None]
     spaces = sorted((subset.reads, str(subset.writes)) for subset in subsets)
-    if not behind_norms:
+    if any(subset.reads != "residual" for subset in bare):
+        linear = next(subset.linears[0] for subset in bare if subset.reads != "residual")
+        reason = f"nothing in front of {linear} could write in another order"
+    elif bare:
         reason = "its norms stand behind each branch, so that nothing in front of it could write in another order"
     elif spaces != [("ffn", "residual"), ("heads", "residual"), ("residual", "ffn"), ("residual", "heads")]:
         reason = "it isn't one attention and one feed-forward part, each behind a norm"

@@ -109,6 +109,36 @@ def anatomy(folder: Path) -> Anatomy:
     return Anatomy(shapes, classes, tied, f"{model.base_model_prefix}.")
 
 
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """A causal language model in eval mode, its parameters on the meta device, its buffers real.
+
+    Raises:
+        ModelError: Transformers has no causal language model for the configuration, or its code fails to make it.
+    """
+    logging: Any = transformers_logging  # parts of it have no annotations
+    logging.disable_progress_bar()
+    auto: Any = AutoModelForCausalLM  # from_config has no annotations
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"'{config.model_type}' is an encoder-decoder, and llmc compresses decoder-only language models",
+            "give a causal language model",
+        )
+    try:
+        # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
+        with unheaped(), init_empty_weights(include_buffers=False):
+            model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as problem:  # configurations and models of any family, each with errors of its own
+        raise ModelError(
+            f"Transformers can't make a causal language model of this config.json: {_first_line(problem)}",
+            "is it one? a model with code of its own needs model.trust_remote_code: True",
+        ) from problem
+    return model.eval()
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__
+
+
 class Skeleton:
     """The model on the meta device (buffers are real), in an explicit computing dtype.
 
@@ -130,13 +160,7 @@ class Skeleton:
         device: torch.device,
         trust_remote_code: bool = False,
     ) -> None:
-        logging: Any = transformers_logging  # parts of it have no annotations
-        logging.disable_progress_bar()
-        # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
-        with unheaped(), init_empty_weights(include_buffers=False):
-            auto: Any = AutoModelForCausalLM  # from_config has no annotations
-            self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        self.model.eval()
+        self.model: Any = empty_model(config, dtype, trust_remote_code=trust_remote_code)
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
         if wrong:
             raise ModelError(f"parameter {wrong[0]} insists on another dtype than {dtype}", "set model.torch_dtype")
