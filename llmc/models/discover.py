@@ -7,7 +7,8 @@ made it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from .discovery.calls import LONG, SHORT, BlockCall, Found, find_blocks
 from .discovery.exact import fill
 from .discovery.kinds import Fingerprint, fingerprint, straighten, transposed
 from .discovery.producers import Absorber, Producer, absorber_of, find_producers, fold_problem
-from .discovery.readers import Group, expert_counts, find_readers
+from .discovery.readers import Group, Readers, expert_counts, find_readers
 from .discovery.spaces import Spaces, find_spaces
 from .discovery.trial import Run, Trial
 
@@ -113,10 +114,10 @@ def discover(model: nn.Module, config: Any) -> Discovery:
         members.setdefault(fingerprint(block), []).append(index)
     kinds = {}
     for kind, numbers in members.items():
-        facts = _facts(blocks[numbers[0]], _calls_of(found, numbers[0]), text)
-        if numbers[-1] != numbers[0]:
-            facts = _agreed(facts, _facts(blocks[numbers[-1]], _calls_of(found, numbers[-1]), text))
-        kinds[kind] = facts
+        kinds[kind] = _facts(blocks[numbers[0]], _calls_of(found, numbers[0]), text)
+        if numbers[-1] != numbers[0] and not _alike(blocks, numbers, found, text):
+            reason = f"blocks {numbers[0]} and {numbers[-1]} are built alike, but share their inputs differently"
+            kinds[kind] = BlockFacts(problem=reason)
     by_number = {index: kinds[kind] for kind, numbers in members.items() for index in numbers}
     return Discovery(found.path, found.head, tuple(by_number[i] for i in range(len(blocks))), kinds, found.problem)
 
@@ -125,67 +126,91 @@ def _calls_of(found: Found, index: int) -> dict[tuple[int, int], BlockCall]:
     return {shape: calls[index] for shape, calls in found.calls.items()}
 
 
-def _agreed(first: BlockFacts, last: BlockFacts) -> BlockFacts:
-    """What holds for two blocks that are built alike."""
-    if first.problem or last.problem:
-        return first if first.problem else last
-    if [s.linears for s in first.subsets] != [s.linears for s in last.subsets]:
-        return BlockFacts(problem="blocks that are built alike share their inputs in different ways")
-    reasons = dict(first.reasons or {})
-    subsets = []
-    for one, other in zip(first.subsets, last.subsets, strict=True):
-        if one != other:
-            reasons[one.key] = "blocks that are built alike differ in what makes it"
-        subsets.append(one if one == other else _bare(one))
-    return replace(first, subsets=tuple(subsets), reasons=reasons)
+@dataclass(frozen=True)
+class _Shown:
+    """What a block shows of each group of readers before a fold is tried: who could absorb a scale, or why nobody."""
+
+    readers: Readers
+    absorbers: tuple[Absorber | str, ...]
+    spaces: tuple[Spaces, ...]
 
 
-def _bare(subset: Subset) -> Subset:
-    return replace(subset, prev=None, rows=None, offset=0.0)
-
-
-def _facts(block: nn.Module, calls: Mapping[tuple[int, int], BlockCall], config: Any) -> BlockFacts:
-    """What one block shows. Its parameters hold random values afterwards, which take little memory."""
-    columns = transposed(block)
+@contextmanager
+def _trial(block: nn.Module, calls: Mapping[tuple[int, int], BlockCall], config: Any) -> Iterator[Trial]:
+    """The block with random weights, which take little memory."""
     straighten(block)
     fill(block, "block")
     try:
-        facts = _found_in(Trial(block, calls, config.hidden_size), expert_counts(config))
-    except ModelError as problem:
-        return BlockFacts(problem=problem.message)
+        yield Trial(block, calls, config.hidden_size)
     finally:
         block.to("meta")
-    return replace(facts, transposed=columns)
 
 
-def _found_in(trial: Trial, routers: frozenset[int]) -> BlockFacts:
-    short, long = trial.run(SHORT), trial.run(LONG)
+def _alike(blocks: nn.ModuleList, numbers: Sequence[int], found: Found, config: Any) -> bool:
+    """Whether the first and the last block of a kind show the same."""
+    shown: list[_Shown | None] = []
+    for index in (numbers[0], numbers[-1]):
+        try:
+            with _trial(blocks[index], _calls_of(found, index), config) as trial:
+                shown.append(_look(trial, trial.run(LONG), expert_counts(config)))
+        except ModelError:
+            shown.append(None)
+    return shown[0] == shown[1]
+
+
+def _facts(block: nn.Module, calls: Mapping[tuple[int, int], BlockCall], config: Any) -> BlockFacts:
+    """What one block shows."""
+    columns = transposed(block)
+    try:
+        with _trial(block, calls, config) as trial:
+            return replace(_verified(trial, expert_counts(config)), transposed=columns)
+    except ModelError as problem:
+        return BlockFacts(problem=problem.message)
+
+
+def _look(trial: Trial, long: Run, routers: frozenset[int]) -> _Shown:
+    short = trial.run(SHORT)
     readers, again = find_readers(trial.block, long, routers), find_readers(trial.block, short, routers)
     if readers.groups != again.groups:
         raise ModelError("which Linears share an input depends on the text's length", "it needs an adapter of its own")
-    producers = find_producers(trial, short, readers.groups)
+    producers = find_producers(trial, short, readers.groups, readers.loose)
     spaces = find_spaces(trial, long, readers.groups, producers, readers.loose)
+    absorbers = [_absorber(trial, producers.get(index), space) for index, space in enumerate(spaces)]
+    return _Shown(readers, tuple(absorbers), tuple(spaces))
+
+
+def _verified(trial: Trial, routers: frozenset[int]) -> BlockFacts:
+    """The subsets of a block; those whose fold doesn't leave its output as it was have no ``prev``."""
+    long = trial.run(LONG)
+    shown = _look(trial, long, routers)
     subsets, reasons, heads = [], {}, None
-    for index, (group, space) in enumerate(zip(readers.groups, spaces, strict=True)):
+    for group, space, found in zip(shown.readers.groups, shown.spaces, shown.absorbers, strict=True):
         subset = Subset(
-            group.linears, None, _inspect(trial, long, group), space.reads, space.writes, also=group.also,
+            linears=group.linears,
+            prev=None,
+            inspect=_inspect(trial, group),
+            reads=space.reads,
+            writes=space.writes,
+            also=group.also,
             fused=_fused(group.linears),
-        )  # fmt: skip
-        found = _absorber(trial, group, producers.get(index), space)
+        )
+        problem: str | None
         if isinstance(found, Absorber):
             claimed = replace(subset, prev=found.prev, rows=found.rows, offset=found.offset)
             problem = fold_problem(trial, claimed, found.heads or Heads(1, 1, 1), long.output)
             if problem is None:
                 subset, heads = claimed, heads or found.heads
-            else:
-                reasons[subset.key] = _why(problem, group)
+            elif group.opaque:
+                problem = f"{', '.join(group.opaque)} reads it too, and its experts aren't Linears"
         else:
-            reasons[subset.key] = found
+            problem = found
+        if problem is not None:
+            reasons[subset.key] = problem
         subsets.append(subset)
-    return BlockFacts(tuple(subsets), reasons, readers.loose, heads=heads)
+    return BlockFacts(tuple(subsets), reasons, shown.readers.loose, heads=heads)
 
 
-def _absorber(trial: Trial, group: Group, producer: Producer | None, space: Spaces) -> Absorber | str:
+def _absorber(trial: Trial, producer: Producer | None, space: Spaces) -> Absorber | str:
     if producer is not None:
         return absorber_of(producer, trial.block.get_submodule(producer.name))
     if space.reads == "residual":
@@ -194,11 +219,7 @@ def _absorber(trial: Trial, group: Group, producer: Producer | None, space: Spac
     return f"{made_of}: something stands between that doesn't keep a scale, such as GELU or a norm"
 
 
-def _why(problem: str, group: Group) -> str:
-    return f"{', '.join(group.opaque)} reads it too, and its experts aren't Linears" if group.opaque else problem
-
-
-def _inspect(trial: Trial, run: Run, group: Group) -> str:
+def _inspect(trial: Trial, group: Group) -> str:
     """The smallest module, called once, that contains all readers."""
     names = [*group.linears, *group.also]
     if len(names) == 1:

@@ -123,7 +123,7 @@ def _dry_run(
     """Run the model's own code with blocks that return their input: as it is, or, for models that want that, as the
     first of a tuple."""
     whole: _DryRun | None = None
-    failure: Exception | None = None
+    ended, failure = False, None
     for wrapped in (False, True):
         run = _DryRun()
         try:
@@ -132,6 +132,7 @@ def _dry_run(
         except Exception as problem:  # a model's own code may fail in any way; which way is told below
             failure = failure or problem
             continue
+        ended = True
         run.problem = _between(run)
         if run.order == list(range(len(blocks))):
             whole = whole or run
@@ -139,7 +140,7 @@ def _dry_run(
                 return run
     if whole is not None:
         return whole
-    if failure is not None:
+    if failure is not None and not ended:
         raise failure
     raise ModelError(
         f"no blocks were found in {type(model).__name__}: {path} has as many members as there are layers, but they "

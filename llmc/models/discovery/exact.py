@@ -34,33 +34,52 @@ def _widened(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
-def random_like(name: str, shape: Sequence[int], own: int = _OWN) -> Tensor:
+def random_like(name: str, shape: Sequence[int]) -> Tensor:
     """Random float64 values for a parameter, the same for the same name and shape, of a size that keeps activations
     near 1.
 
-    A tensor of more than ``own`` elements is a view of a short vector: its element ``[i, j]`` is the vector's element
-    ``i + j``. That is random enough to tell rows apart, and a block of any width takes the memory of its largest matrix
-    only while that is multiplied.
+    A large tensor is a view of a short vector: its element ``[i, j]`` is the vector's element ``i + j`` (a Hankel
+    matrix). That is random enough to tell rows apart, and takes next to no memory, whatever a model's width.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     if len(shape) < 2:
         return torch.rand(tuple(shape), generator=generator, dtype=torch.float64) + 0.5
-    if math.prod(shape) <= own:
-        values = torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-    else:
-        vector = torch.randn(sum(shape), generator=generator, dtype=torch.float64)
-        values = vector.as_strided(tuple(shape), (1,) * len(shape))
-        return values if shape[-1] == 1 else vector.div_(math.sqrt(shape[-1])).as_strided(tuple(shape), values.stride())
-    return values / math.sqrt(shape[-1])
+    if math.prod(shape) <= _OWN:
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64) / math.sqrt(shape[-1])
+    vector = torch.randn(sum(shape), generator=generator, dtype=torch.float64) / math.sqrt(shape[-1])
+    return vector.as_strided(tuple(shape), (1,) * len(shape))
 
 
-def fill(module: nn.Module, prefix: str, own: int = _OWN) -> None:
+def fill(module: nn.Module, prefix: str) -> None:
     """Give every parameter of a module on the meta device random values."""
     for path, part in module.named_modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                values = random_like(f"{prefix}.{path}.{name}", parameter.shape, own)
+                values = random_like(f"{prefix}.{path}.{name}", parameter.shape)
                 part._parameters[name] = nn.Parameter(values, requires_grad=False)
+        if type(part) is nn.Linear and part.weight.stride() == (1, 1):
+            setattr(part, "forward", _Correlation(part))  # noqa: B010
+
+
+class _Correlation:
+    """Forward of a Linear whose weight is a Hankel matrix: it correlates the input with the vector behind it, by FFT,
+    without ever making the matrix. Once the Linear has another weight, it does what any Linear does."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self._linear, self._weight = linear, linear.weight
+        rows, columns = linear.weight.shape
+        self._length = 2 ** math.ceil(math.log2(rows + columns))
+        vector = linear.weight.as_strided((rows + columns - 1,), (1,))
+        self._spectrum = torch.fft.rfft(vector, self._length)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if self._linear.weight is not self._weight:
+            return nn.functional.linear(inputs, self._linear.weight, self._linear.bias)
+        product: Tensor = self._spectrum * torch.fft.rfft(inputs, self._length).conj()
+        outputs: Tensor = torch.fft.irfft(product, self._length)[..., : len(self._weight)]
+        if self._linear.bias is None:
+            return outputs.contiguous()
+        return torch.add(outputs, self._linear.bias)
 
 
 @contextmanager
@@ -70,7 +89,9 @@ def own_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
     try:
         for module, name, value in kept:
             if value is not None:
-                module._parameters[name] = nn.Parameter(value.detach().contiguous().clone(), requires_grad=False)
+                module._parameters[name] = nn.Parameter(
+                    value.detach().clone(memory_format=torch.contiguous_format), requires_grad=False
+                )
         yield
     finally:
         for module, name, value in kept:
@@ -78,23 +99,17 @@ def own_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def scaled_rows(module: nn.Module, factors: Tensor, offset: float) -> Iterator[None]:
-    """Within the context row ``r`` of a norm's or Linear's weight, and of its bias, is ``factors[r]`` times itself.
+def scaled_norm(norm: nn.Module, factors: Tensor, offset: float) -> Iterator[None]:
+    """Within the context a norm's weight ``[n]``, and its bias, are multiplied by ``factors``.
 
     Args:
-        module: with a ``weight`` of one or two dimensions.
-        factors: ``[rows]`` float64.
-        offset: what a norm adds to its weight; the sum is what is multiplied.
+        norm: the module.
+        factors: ``[n]`` float64.
+        offset: what the norm adds to its weight; the sum is multiplied.
     """
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-    assert weight is not None
-    over_rows = factors if weight.dim() == 1 else factors[:, None]
-    try:
-        module._parameters["weight"] = nn.Parameter((weight + offset) * over_rows - offset, requires_grad=False)
-        if bias is not None:
-            module._parameters["bias"] = nn.Parameter(bias * factors, requires_grad=False)
+    with own_weights([norm]), torch.no_grad():
+        for name, parameter in norm._parameters.items():
+            added = offset if name == "weight" else 0.0
+            if name in ("weight", "bias") and parameter is not None:
+                parameter.copy_((parameter + added) * factors - added)
         yield
-    finally:
-        module._parameters["weight"] = weight
-        if bias is not None:
-            module._parameters["bias"] = bias

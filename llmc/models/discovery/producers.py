@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..adapter import Heads, Subset
 from ..fold import fold_scale, scale_rule
 from .calls import LONG, SHORT
-from .exact import own_weights, scaled_rows
+from .exact import own_weights, scaled_norm
 from .readers import Group
-from .trial import Run, Trial
+from .trial import Run, Seen, Trial, held, working_parts
 
 _OFFSETS = (0.0, 1.0)  # norms multiply by their weight, or by 1 + it
 _PARTS = ("all", "first half", "second half", "even", "odd")  # of a Linear's rows
@@ -37,21 +37,23 @@ class Producer:
     offset: float = 0.0
 
 
-def find_producers(trial: Trial, run: Run, groups: Sequence[Group]) -> dict[int, Producer]:
+def find_producers(trial: Trial, run: Run, groups: Sequence[Group], opaque: Collection[str]) -> dict[int, Producer]:
     """Who makes the tensors that groups of Linears read, by the group's number; absent where nobody does.
 
     Each row of a candidate's weight is multiplied by a factor of its own: a channel that changes by exactly one of the
     factors, for all tokens, is made by that row. Norms in front mix what was scaled, activations such as GELU don't
     keep the ratio, ReLU does. Sequences have a single token: attention then passes values on, whatever queries and keys
     are. The nearest candidate in front counts. Halves of a Linear, and every other row, are tried by themselves: of a
-    gate and what it's multiplied by in one Linear only the latter keeps the ratio.
+    gate and what it's multiplied by in one Linear only the latter keeps the ratio. All other Linears' outputs stay as
+    they were: what reaches the tensor through them is left to ``fold_problem``.
 
     Args:
         trial: the block.
         run: of it on ``SHORT``.
         groups: the readers.
+        opaque: modules that do Linears' work without being any.
     """
-    order = list(run.seen)
+    order, working = list(run.seen), working_parts(run, opaque)
     found: dict[int, Producer] = {}
     for candidate in reversed(order):
         module = run.seen[candidate].module
@@ -60,31 +62,32 @@ def find_producers(trial: Trial, run: Run, groups: Sequence[Group]) -> dict[int,
             for index, group in enumerate(groups)
             if index not in found and order.index(candidate) < order.index(group.linears[0])
         }
-        if wanted and _can_scale(module) and len(run.seen[candidate].inputs) == 1:
-            found |= _made_by(trial, run, candidate, module, wanted)
+        if wanted and _can_scale(run.seen[candidate]):
+            with held(run, working, {}):
+                found |= _made_by(trial, run, candidate, module, wanted)
     return found
 
 
-def _can_scale(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return isinstance(weight, Tensor) and (weight.dim() == 1 or isinstance(module, nn.Linear))
+def _can_scale(seen: Seen) -> bool:
+    weight = seen.module._parameters.get("weight")
+    return isinstance(weight, Tensor) and seen.single and (weight.dim() == 1 or seen.linear)
 
 
 def _made_by(
     trial: Trial, run: Run, candidate: str, module: nn.Module, wanted: Mapping[int, Group]
 ) -> dict[int, Producer]:
-    weight = _weight(module)
-    rows = len(weight)
+    norm, rows = _weight(module).dim() == 1, len(_weight(module))
     factors = 1 + (torch.arange(rows, dtype=torch.float64) + 1) / (2 * rows)
-    trials = [(factors, offset) for offset in _OFFSETS]
-    if weight.dim() == 2:
-        trials = [(torch.where(_part(rows, part), factors, 1.0), 0.0) for part in _PARTS]
+    trials = [(torch.where(_part(rows, part), factors, 1.0), 0.0) for part in _PARTS]
+    if norm:
+        trials = [(factors, offset) for offset in _OFFSETS]
     found: dict[int, Producer] = {}
     for scales, offset in trials:
         left = {index: group for index, group in wanted.items() if index not in found}
         if not left:
             break
-        with scaled_rows(module, scales, offset):
+        output = run.seen[candidate].outputs[0]
+        with scaled_norm(module, scales, offset) if norm else held(run, [candidate], {candidate: output * scales}):
             changed = trial.run(SHORT, [group.linears[0] for group in left.values()])
         for index, group in left.items():
             row_of = _rows_behind(run.input_of(group.linears[0]), changed.input_of(group.linears[0]), rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from ..adapter import Space
 from .calls import LONG
 from .producers import Producer
 from .readers import Group
-from .trial import Run, Trial, replaced
+from .trial import Run, Trial, held, working_parts
 
 _CLOSE = 1e-9
 
@@ -54,7 +54,7 @@ def find_spaces(
         producers: by the group's number.
         opaque: modules that do Linears' work without being any.
     """
-    working = [name for name, seen in run.seen.items() if seen.linear or (name in opaque and seen.single)]
+    working = working_parts(run, opaque)
     residual = _reading_residual(trial, run, groups, producers, working)
     touches = {name: _touch(trial, run, groups, name, working) for group in groups for name in group.linears}
     inner = {index for index in range(len(groups)) if index not in residual}
@@ -85,15 +85,6 @@ def find_spaces(
     return [Spaces(found[index], writes(group), sources(index)) for index, group in enumerate(groups)]
 
 
-def _fixed(run: Run, working: Sequence[str], changed: Mapping[str, Tensor]) -> dict[nn.Module, Callable[..., Tensor]]:
-    """Modules that return what they did, or something else."""
-
-    def returning(result: Tensor) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: result.clone()
-
-    return {run.seen[name].module: returning(changed.get(name, run.seen[name].outputs[0])) for name in working}
-
-
 def _touch(trial: Trial, run: Run, groups: Sequence[Group], name: str, working: Sequence[str]) -> _Touch:
     """Change a Linear's output at every token but the last."""
     output = run.seen[name].outputs[0]
@@ -103,7 +94,7 @@ def _touch(trial: Trial, run: Run, groups: Sequence[Group], name: str, working: 
     generator = torch.Generator().manual_seed(3)
     delta = torch.randn(shape, generator=generator, dtype=torch.float64)
     delta[:, -1] = 0
-    with replaced(_fixed(run, working, {name: output + delta.view_as(output)})):
+    with held(run, working, {name: output + delta.view_as(output)}):
         changed = trial.run(LONG, [group.linears[0] for group in groups])
     touched, mixed = set(), set()
     for index, group in enumerate(groups):
@@ -139,7 +130,7 @@ def _reading_residual(
     With every Linear's output at 0, the residual stays what entered the block, wherever it's read.
     """
     zeros = {name: torch.zeros_like(run.seen[name].outputs[0]) for name in working}
-    with replaced(_fixed(run, working, zeros)):
+    with held(run, working, zeros):
         silent = trial.run(LONG)
     found = set()
     for index, group in enumerate(groups):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,6 @@ from .calls import BlockCall, same_values
 from .exact import Exact
 
 Key = tuple[int, int, int, int, int]
-Forward = Callable[..., Any]
 
 
 def key_of(tensor: Tensor) -> Key:
@@ -141,13 +140,27 @@ class Trial:
                 hook.remove()
 
 
+def working_parts(run: Run, opaque: Collection[str]) -> list[str]:
+    """The Linears of a block, and the modules that do Linears' work without being any."""
+    return [name for name, seen in run.seen.items() if seen.linear or (name in opaque and seen.single)]
+
+
 @contextmanager
-def replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Within the context modules run other code."""
+def held(run: Run, parts: Collection[str], changed: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context modules return what they did in a run, or what is given for them, whatever they're called
+    with."""
+
+    def returning(result: Tensor) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: result.clone()
+
+    kept = [(run.seen[name].module, run.seen[name].module.__dict__.get("forward")) for name in parts]
     try:
-        for module, forward in forwards.items():
-            module.forward = forward
+        for name in parts:
+            result = changed.get(name, run.seen[name].outputs[0])
+            setattr(run.seen[name].module, "forward", returning(result))  # noqa: B010
         yield
     finally:
-        for module in forwards:
+        for module, forward in kept:
             del module.forward
+            if forward is not None:
+                setattr(module, "forward", forward)  # noqa: B010
