@@ -70,12 +70,12 @@ def test_a_family_that_nobody_declared_is_smoothed_and_rounded(
     phi: Path, case: Callable[..., Case], undeclared: Callable[[], None]
 ) -> None:
     undeclared()
-    made = case(phi, ["Awq", "GPTQ"], eval={"eval_pos": ["pretrain", "transformed", "fake_quant"]})
+    made = case(phi, ["SmoothQuant", "GPTQ"], eval={"eval_pos": ["pretrain", "transformed", "fake_quant"]})
     result = made.compress()
     by_position = {one.position: one.value for one in result.perplexities}
     assert by_position["transformed"] == pytest.approx(by_position["pretrain"], rel=1e-5)
-    folded = [row for row in result.metrics["blocks"][0]["scales"].values()]
-    assert len(folded) == 2  # what GELU makes absorbs no scale
+    together = "self_attn.q_proj+self_attn.k_proj+self_attn.v_proj+mlp.fc1"
+    assert [list(row["scales"]) for row in result.metrics["blocks"]] == [[together]] * 2
     fake = reload(made.save_path / "fake_quant_model")
     assert all(parameter.isfinite().all() for parameter in fake.parameters())
 

@@ -67,6 +67,12 @@ def test_weights_that_share_their_values_show_the_same(name, monkeypatch):
     assert [s.prev for s in found.blocks[0].subsets] == [s.prev for s in expected.blocks[0].subsets]
 
 
+def test_a_relu_that_is_often_zero_hides_no_channel():
+    opt = CONFIGS["opt"]
+    wide = type(opt)(**{**opt.to_dict(), "ffn_dim": 3000})
+    assert [s.prev for s in explore(wide, trust_remote_code=False).blocks[0].subsets][-1] == "fc1"
+
+
 def test_the_same_is_found_again_and_no_random_number_is_drawn():
     torch.manual_seed(7)
     first = explore(CONFIGS["qwen3"], trust_remote_code=False)

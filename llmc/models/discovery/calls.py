@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ...errors import ModelError
 from .exact import Exact, fill
 
-SHORT, LONG = (32, 1), (2, 6)  # sequences and tokens; with a single token attention passes its value on
+# Sequences and tokens. With a single token attention passes its value on; there are so many that no channel behind a
+# ReLU is 0 in all of them.
+SHORT, LONG = (64, 1), (2, 6)
 _REMEDY = "write an adapter: docs/adding.md says how"
 _LARGE = 2**22
 

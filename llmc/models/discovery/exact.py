@@ -36,12 +36,14 @@ def _widened(value: Any) -> Any:
 
 def random_like(name: str, shape: Sequence[int]) -> Tensor:
     """Random float64 values for a parameter, the same for the same name and shape, of a size that keeps activations
-    near 1.
+    near 1: weights of norms between 1/2 and 3/2, biases small, so that about half of all values are positive.
 
     A large tensor is a view of a short vector: its element ``[i, j]`` is the vector's element ``i + j`` (a Hankel
     matrix). That is random enough to tell rows apart, and takes next to no memory, whatever a model's width.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    if name.endswith("bias"):
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64) / 10
     if len(shape) < 2:
         return torch.rand(tuple(shape), generator=generator, dtype=torch.float64) + 0.5
     if math.prod(shape) <= _OWN:
