@@ -120,11 +120,17 @@ def inspect_model(path: str, *, trust_remote_code: bool = False) -> Inspection:
         path=served.blocks if served is not None else found.path,
         head=tuple(name for name in (served.head if served is not None else found.head) if _has(model, name)),
         groups=tuple(groups),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=_total(model),
         compressible=linears,
         refused=tuple(refused),
         problem=problem or (found.problem if adapter is not None else None),
     )
+
+
+def _total(model: Any) -> int:
+    """Parameters of a model; what is tied to another counts once, though nothing is shared without weights."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name not in tied)
 
 
 def _has(model: nn.Module, name: str) -> bool:

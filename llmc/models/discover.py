@@ -81,7 +81,10 @@ class Discovery:
         kinds = self.kinds
 
         def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
-            return kinds[fingerprint(block)].subsets
+            facts = kinds.get(fingerprint(block))
+            if facts is None:
+                raise ModelError("a block isn't among those that were discovered", "write an adapter: docs/adding.md")
+            return facts.subsets
 
         shared = next((facts.heads for facts in self.blocks if facts.heads is not None), None)
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from llmc.architecture import explore
 from llmc.errors import ModelError
 from llmc.models import ADAPTERS, Discovery, Heads, Subset, declared, discover, heads_of
-from llmc.models.discovery import exact
+from llmc.models.discovery import exact, kinds
 from llmc.stream.skeleton import empty_model
 
 BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -351,6 +351,19 @@ def test_why_nothing_absorbs_a_scale_is_said():
 def test_linears_that_are_stored_transposed_are_named():
     facts = found_in("gpt2", **GPT).blocks[0]
     assert facts.transposed == ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def test_a_block_with_linears_in_their_place_is_served_as_well():
+    config = AutoConfig.for_model("gpt2", **GPT)
+    adapter = explore(config, trust_remote_code=False).adapter()
+    blocks = empty_model(config, torch.float32).get_submodule(adapter.blocks)
+    before = adapter.block_subsets(config, blocks)
+    for block in blocks:
+        kinds.straighten(block)
+    assert isinstance(blocks[0].attn.c_attn, nn.Linear) and blocks[0].attn.c_attn.weight.shape == (96, 32)
+    assert adapter.block_subsets(config, blocks) == before
+    with pytest.raises(ModelError, match="isn't among those that were discovered"):
+        adapter.subsets(config, blocks[0].attn)
 
 
 def test_the_head_is_what_runs_behind_the_blocks():

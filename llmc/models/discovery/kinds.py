@@ -15,12 +15,17 @@ Fingerprint = tuple[Any, ...]
 
 def fingerprint(block: nn.Module) -> Fingerprint:
     """Equal for two blocks with the same tree of modules, shapes of parameters and flags, such as a kind of attention.
-    Only a block's number may differ."""
-    return tuple((name, type(part).__qualname__, _shapes(part), _flags(part)) for name, part in block.named_modules())
+    Only a block's number may differ, and in which order the weight of a Linear is stored."""
+    return tuple((name, *_marks(part)) for name, part in block.named_modules())
 
 
-def _shapes(part: nn.Module) -> tuple[Any, ...]:
-    return tuple((name, None if p is None else tuple(p.shape)) for name, p in sorted(part._parameters.items()))
+def _marks(part: nn.Module) -> tuple[Any, ...]:
+    weight = part._parameters.get("weight")
+    if isinstance(part, (nn.Linear, Conv1D)) and weight is not None:
+        rows, columns = weight.shape if isinstance(part, nn.Linear) else weight.shape[::-1]
+        return "Linear", rows, columns, part._parameters.get("bias") is not None
+    shapes = tuple((name, None if p is None else tuple(p.shape)) for name, p in sorted(part._parameters.items()))
+    return type(part).__qualname__, shapes, _flags(part)
 
 
 def _flags(part: nn.Module) -> tuple[Any, ...]:
