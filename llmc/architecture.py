@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def explore(config: PretrainedConfig, *, trust_remote_code: bool) -> Discovery:
         return discover(empty_model(config, torch.float64, trust_remote_code=trust_remote_code), config)
 
 
-def check_linears(blocks: nn.ModuleList, subsets: Sequence[tuple[Subset, ...]]) -> None:
+def check_linears(blocks: Iterable[nn.Module], subsets: Sequence[tuple[Subset, ...]]) -> None:
     """Refuse modules that do what a Linear does without being one.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .architecture import explore
+from .architecture import check_linears, explore
 from .errors import LlmcError, ModelError
 from .models import BlockFacts, Discovery, ModelAdapter, Subset, check_reorderable, declared, residual_of
 from .models.locate import locate_checkpoint
@@ -110,7 +110,7 @@ def inspect_model(path: str, *, trust_remote_code: bool = False) -> Inspection:
     if served is not None:
         subsets = served.block_subsets(text, blocks)
         groups = _groups(blocks, subsets, found, compare=adapter is not None)
-        refused = _refused(model, text, served, subsets)
+        refused = _refused(model, blocks, text, served, subsets)
     linears = sum(len(g.blocks) * rows * columns for g in groups for s in g.subsets for rows, columns in s.shapes)
     return Inspection(
         model=path,
@@ -204,10 +204,15 @@ def differ(subsets: Sequence[Subset], facts: BlockFacts) -> list[str]:
 
 
 def _refused(
-    model: nn.Module, text: Any, adapter: ModelAdapter, subsets: Sequence[tuple[Subset, ...]]
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    text: Any,
+    adapter: ModelAdapter,
+    subsets: Sequence[tuple[Subset, ...]],
 ) -> list[tuple[str, str]]:
     """Methods that this architecture doesn't allow, with the reason that a run would give."""
     checks: dict[str, Callable[[], object]] = {
+        "compression": lambda: check_linears(blocks, subsets),
         "rotation (QuaRot)": lambda: residual_of(adapter, text, {subset for own in subsets for subset in own}),
         "reordering (RPTQ)": lambda: reorderable(subsets),
         "quantized KV cache": lambda: check_attention(model),

@@ -12,8 +12,9 @@ import torch
 from exact import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
-from llmc.architecture import explore
+from llmc.architecture import check_linears, explore
 from llmc.errors import ModelError
 from llmc.models import ADAPTERS, Discovery, Heads, Subset, declared, discover, heads_of
 from llmc.models.discovery import exact, kinds
@@ -424,8 +425,8 @@ class Model(nn.Module):
         return block(hidden)
 
 
-def discovered(model: nn.Module, layers: int = 3) -> Discovery:
-    text = SimpleNamespace(num_hidden_layers=layers, vocab_size=20, hidden_size=8)
+def discovered(model: nn.Module, layers: int = 3, **values: Any) -> Discovery:
+    text = SimpleNamespace(num_hidden_layers=layers, vocab_size=20, hidden_size=8, **values)
     return discover(model.to("meta").double().eval(), SimpleNamespace(get_text_config=lambda: text))
 
 
@@ -464,6 +465,45 @@ def test_a_claim_that_the_numbers_contradict_is_dropped(block, number, maker):
     facts = discovered(Model(block)).blocks[0]
     assert [s.prev for s in facts.subsets] == [None if i == number else p for i, p in enumerate(["norm", "two"])]
     assert facts.reasons == {facts.subsets[number].key: f"{maker} makes it, but something else depends on that, too"}
+
+
+class Mixture(nn.Module):
+    """All experts, weighed by a router that is a Linear, and by a gate."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.router, self.gate = nn.Linear(width, 3, bias=False), nn.Linear(width, 1, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, read: Tensor) -> Tensor:
+        shares = self.router(read).softmax(-1).unbind(-1)
+        mixed = sum(share[..., None] * expert(read) for share, expert in zip(shares, self.experts, strict=True))
+        return mixed * self.gate(read).sigmoid()
+
+
+class Mixed(Block):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.second, self.narrow, self.mixture = nn.LayerNorm(width), nn.Linear(width, 3), Mixture(width)
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        hidden = super().forward(hidden)
+        read = self.second(hidden)
+        return hidden + self.mixture(read) + self.narrow(read).sum(-1, keepdim=True).tanh()
+
+
+def test_routers_and_gates_are_further_readers():
+    """What is only as narrow as a router is compressed."""
+    subset = discovered(Model(Mixed), num_experts=3).blocks[0].subsets[2]
+    experts = tuple(f"mixture.experts.{index}" for index in range(3))
+    assert subset.linears == (*experts, "narrow")
+    assert (subset.also, subset.prev, subset.inspect) == (("mixture.router", "mixture.gate"), "second", "")
+
+
+def test_what_is_no_linear_is_refused():
+    blocks = nn.ModuleList([nn.ModuleDict({"c_attn": Conv1D(6, 4)})])
+    with pytest.raises(ModelError, match="c_attn is a Conv1D, not a Linear"):
+        check_linears(blocks, [(Subset(("c_attn",), None, "c_attn"),)])
 
 
 class ByWeight(Block):

@@ -47,12 +47,13 @@ def find_readers(block: nn.Module, run: Run, routers: frozenset[int]) -> Readers
     Args:
         block: the module.
         run: of the block.
-        routers: Linears with so many outputs, or with one, only weigh what others make: they aren't compressed.
+        routers: Linears with so many outputs beside experts, or with one, only weigh what others make: they aren't
+            compressed.
     """
     loose: dict[str, str] = {}
     members: dict[Key, list[str]] = {}
     for name, seen in run.seen.items():
-        if seen.linear and seen.outputs[0].shape[-1] not in routers | {1}:
+        if seen.linear and not _weighs(block, name, seen.outputs[0].shape[-1], routers):
             members.setdefault(seen.inputs[0][0][0], []).append(name)
         elif isinstance(seen.module, nn.Linear) and len(seen.inputs) > 1:
             loose[name] = f"it's called {len(seen.inputs)} times in a block"
@@ -70,6 +71,14 @@ def find_readers(block: nn.Module, run: Run, routers: frozenset[int]) -> Readers
         opaque = tuple(other for other in others if _is_experts(run.seen[other].module))
         groups.append(Group(tuple(names), also, opaque))
     return Readers(tuple(groups), loose)
+
+
+def _weighs(block: nn.Module, name: str, outputs: int, routers: frozenset[int]) -> bool:
+    """Whether a Linear is a gate, or chooses among the experts beside it."""
+    beside = block.get_submodule(name.rpartition(".")[0]).children()
+    return outputs == 1 or (
+        outputs in routers and any(isinstance(one, nn.ModuleList) or _is_experts(one) for one in beside)
+    )
 
 
 def _is_experts(module: nn.Module) -> bool:
