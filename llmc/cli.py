@@ -30,6 +30,8 @@ further commands, each with a --help of its own:
       write another format of a finished run, without calibrating again
   python -m llmc verify ./out/vllm_quant_model --against ./out/fake_quant_model
       look whether a written or fetched folder is whole and holds what it should
+  python -m llmc inspect ./my-model
+      show the blocks and Linears of a model, what can be done to them, and what can't
 
 An error in the configuration or the input ends with code 2 and one message that says what to do."""
 
@@ -41,6 +43,11 @@ _VERIFY = """\
 Look at a folder of a model, written by llmc or by others: its files, every tensor's name, shape and dtype, scales and
 zero points, and, against another folder, the values. Ends with 0 if it's clean, 1 if something was found, and 2 if
 it can't be judged."""
+
+_INSPECT = """\
+Show a model's blocks, the Linears that share an input, what can absorb a scale of it, and what can't be done and why.
+Needs only the model's config.json; no weight is read. Architectures that nobody declared are explored by running their
+own code on random weights; those that somebody did are compared with what that finds."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +110,14 @@ def verify_parser() -> argparse.ArgumentParser:
     return made
 
 
+def inspect_parser() -> argparse.ArgumentParser:
+    """The arguments of ``inspect``."""
+    made = argparse.ArgumentParser("python -m llmc inspect", description=_INSPECT)
+    made.add_argument("model", metavar="MODEL", help="a model's folder, or a hub id, org/name or org/name@revision")
+    made.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python files run")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -110,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _guarded(_export, export_parser().parse_args(given[1:]))
     if given[:1] == ["verify"]:
         return _guarded(_verify, verify_parser().parse_args(given[1:]))
+    if given[:1] == ["inspect"]:
+        return _guarded(_inspect, inspect_parser().parse_args(given[1:]))
     return _guarded(_main, parser().parse_args(given))
 
 
@@ -170,3 +187,11 @@ def _verify(given: Any) -> int:
     report = verify(given.folder, given.against, load=given.load, text=given.text)
     Console().verified(report)
     return report.exit_code
+
+
+def _inspect(given: Any) -> int:
+    from .inspecting import inspect_model
+    from .report.inspection import show
+
+    show(inspect_model(given.model, trust_remote_code=given.trust_remote_code))
+    return 0

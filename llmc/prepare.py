@@ -11,6 +11,7 @@ from torch import nn
 from transformers import set_seed
 
 from .algorithms import Frame, Online, Recipe
+from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
 from .errors import ConfigError, ExportError
 from .export import Exporter, Layer, Source, read_config
@@ -19,7 +20,6 @@ from .models import (
     ModelAdapter,
     Subset,
     check_reorderable,
-    find_adapter,
     refuse_foreign_layout,
     residual_of,
 )
@@ -104,7 +104,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
     refuse_foreign_layout(str(read_config(folder).get("model_type")))
     model_config = load_model_config(folder, trust_remote_code=trust)
-    adapter = find_adapter(config.model.type, model_config.model_type)
+    adapter, warnings = adapter_of(config.model, model_config, folder)
     checkpoint = open_checkpoint(folder)
     entries = checkpoint.entries
     names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
@@ -123,6 +123,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     if experts_on_host(config, skeleton, entries, device):
         skeleton.keep_experts(HostMemory(device))
     subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
+    check_linears(skeleton.blocks, subsets)
     heads = adapter.heads(model_config.get_text_config())
     recipe = make_recipe_of(config, stored, make_kv(config, heads))
     _check_recipe(config, recipe, skeleton, subsets, compute)
@@ -133,7 +134,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     layers = make_layers(skeleton, entries, heads, subsets, recipe, online) + outside_layers(skeleton, entries)
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute, layout_of(model_config.model_type))
-    warnings = check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
+    warnings += check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
     warnings += image_warnings(config, recipe)
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]

@@ -1,15 +1,18 @@
 """Architectures as data, and the function-preserving changes that they allow."""
 
 from .adapter import Heads, Images, ModelAdapter, Residual, Space, Subset, heads_of
+from .discover import BlockFacts, Discovery, discover
 from .fold import ScaleRule, fold_scale, fold_shift, scale_rule, smoothed
-from .registry import ADAPTERS, find_adapter, refuse_foreign_layout
+from .registry import ADAPTERS, declared, find_adapter, refuse_foreign_layout
 from .reorder import Moves, Orders, check_reorderable, gather_norms, over_query_heads, plan_moves, reorder_block
 from .rotate import residual_of, rotate_block, rotate_embedding, rotate_head
 from .selection import BlockSelection
 
 __all__ = [
     "ADAPTERS",
+    "BlockFacts",
     "BlockSelection",
+    "Discovery",
     "Heads",
     "Images",
     "ModelAdapter",
@@ -20,6 +23,8 @@ __all__ = [
     "Space",
     "Subset",
     "check_reorderable",
+    "declared",
+    "discover",
     "find_adapter",
     "fold_scale",
     "fold_shift",

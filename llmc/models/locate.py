@@ -11,11 +11,14 @@ from llmc.models.convert import BIN_INDEX, BIN_SINGLE, SIDE_SUFFIXES, convert_bi
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _BINS = (BIN_SINGLE, BIN_INDEX)
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _HUB_ID = re.compile(r"^(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@\s]+))?$")
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
-def locate_checkpoint(path: str, *, trust_remote_code: bool = False, cache: Path | None = None) -> Path:
+def locate_checkpoint(
+    path: str, *, trust_remote_code: bool = False, cache: Path | None = None, weights: bool = True
+) -> Path:
     """Find, fetch or convert a checkpoint.
 
     Args:
@@ -23,6 +26,7 @@ def locate_checkpoint(path: str, *, trust_remote_code: bool = False, cache: Path
             no other weights; or a hub id, ``org/name`` or ``org/name@revision``.
         trust_remote_code: fetch the repository's Python files too.
         cache: where conversions are kept; see `convert_bin`.
+        weights: whether they're wanted; if not, a folder with config.json will do, and a hub's weights aren't fetched.
 
     Returns:
         A local folder with config.json and safetensors: the given one where it is that already.
@@ -34,13 +38,14 @@ def locate_checkpoint(path: str, *, trust_remote_code: bool = False, cache: Path
     if local.is_file():
         return _from_file(local, cache)
     if local.is_dir():
-        return _from_folder(local, cache)
+        return local if not weights and (local / "config.json").is_file() else _from_folder(local, cache)
     match = _HUB_ID.match(path)
     if match is None or _looks_local(path):
         raise CheckpointError(
             f"no such folder: {path}", "check model.path; it takes a folder, a .gguf file or a hub id (org/name)"
         )
-    return _from_folder(_from_hub(match["repo"], match["revision"], trust_remote_code), cache)
+    fetched = _from_hub(match["repo"], match["revision"], trust_remote_code, weights=weights)
+    return _from_folder(fetched, cache) if weights else fetched
 
 
 def wanted_files(names: Sequence[str], trust_remote_code: bool) -> list[str]:
@@ -112,7 +117,7 @@ def _from_folder(folder: Path, cache: Path | None) -> Path:
     )
 
 
-def _from_hub(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _from_hub(repo: str, revision: str | None, trust_remote_code: bool, *, weights: bool) -> Path:
     """Fetch what is needed of a repository; without a connection, take what an earlier run fetched."""
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -120,7 +125,11 @@ def _from_hub(repo: str, revision: str | None, trust_remote_code: bool) -> Path:
     try:
         names = huggingface_hub.HfApi().list_repo_files(repo, revision=revision)
         chosen = wanted_files(names, trust_remote_code)
-        if not any(name.endswith((".safetensors", ".bin", ".gguf")) for name in chosen):
+        if not weights:
+            chosen = [name for name in chosen if not name.endswith(_WEIGHTS)]
+            if "config.json" not in chosen:
+                raise CheckpointError(f"{repo} has no config.json", "name another repository")
+        elif not any(name.endswith(_WEIGHTS) for name in chosen):
             ggufs = [name for name in names if name.endswith(".gguf")]
             raise CheckpointError(
                 f"{repo} holds no usable weights" + (f", only {len(ggufs)} GGUF files" if ggufs else ""),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import ModelError
 from .adapter import ModelAdapter
 from .bloom import BLOOM
@@ -59,13 +61,25 @@ def refuse_foreign_layout(model_type: str) -> None:
         raise ModelError(*_ELSEWHERE[model_type])
 
 
-def find_adapter(requested: str, model_type: str) -> ModelAdapter:
+def declared(model_type: str) -> ModelAdapter | None:
+    """The adapter that serves a ``model_type``; None if nobody declared one."""
+    return next((adapter for adapter in ADAPTERS if model_type in adapter.model_types), None)
+
+
+def find_adapter(requested: str, model_type: str, discovered: Callable[[], ModelAdapter] | None = None) -> ModelAdapter:
     """The adapter that ``model.type`` names, or, with ``auto``, the one that serves ``config.json``'s ``model_type``.
+
+    Args:
+        requested: ``model.type``.
+        model_type: that of ``config.json``.
+        discovered: makes an adapter, with ``auto``, where none serves.
 
     Raises:
         ModelError: no adapter serves the checkpoint, or the named one is for another architecture.
     """
-    serving = next((a for a in ADAPTERS if model_type in a.model_types), None)
+    serving = declared(model_type)
+    if serving is None and requested == "auto" and discovered is not None:
+        return discovered()
     if serving is None:
         raise ModelError(
             f"no adapter for the architecture '{model_type}'; known are {known_architectures()}",

@@ -175,6 +175,41 @@ class ExpertPattern:
         return None
 
 
+def empty_model(
+    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False, images: bool = False
+) -> Any:
+    """A causal language model in eval mode, its parameters on the meta device, its buffers real; or one that reads
+    ``images``. All that works like a Linear is one, experts among it.
+
+    Raises:
+        ModelError: Transformers has no causal language model for the configuration, or its code fails to make it.
+    """
+    logging: Any = transformers_logging  # parts of it have no annotations
+    logging.disable_progress_bar()
+    auto: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM  # from_config has no annotations
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"'{config.model_type}' is an encoder-decoder, and llmc compresses decoder-only language models",
+            "give a causal language model",
+        )
+    try:
+        # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
+        with unheaped(), init_empty_weights(include_buffers=False):
+            model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as problem:  # configurations and models of any family, each with errors of its own
+        raise ModelError(
+            f"Transformers can't make a causal language model of this config.json: {_first_line(problem)}",
+            "is it one? a model with code of its own needs model.trust_remote_code: True",
+        ) from problem
+    linearize(model)
+    linearize_experts(model)
+    return model.eval()
+
+
+def _first_line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__
+
+
 class Skeleton:
     """The model on the meta device (buffers are real), in an explicit computing dtype.
 
@@ -199,15 +234,9 @@ class Skeleton:
         trust_remote_code: bool = False,
         images: Images | None = None,
     ) -> None:
-        logging: Any = transformers_logging  # parts of it have no annotations
-        logging.disable_progress_bar()
-        # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
-        with unheaped(), init_empty_weights(include_buffers=False):
-            auto: Any = AutoModelForCausalLM if images is None else AutoModelForImageTextToText  # not annotated
-            self.model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        linearize(self.model)
-        self.model.eval()
-        self._experts = linearize_experts(self.model)
+        own = images is not None
+        self.model: Any = empty_model(config, dtype, trust_remote_code=trust_remote_code, images=own)
+        self._experts = [name for name, module in self.model.named_modules() if isinstance(module, LinearExperts)]
         self.images = images
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
         if wrong:

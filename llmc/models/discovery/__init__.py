@@ -1,0 +1,1 @@
+"""The parts of ``llmc/models/discover.py``: what a model's own code shows when it runs on random weights."""
