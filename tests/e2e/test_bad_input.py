@@ -18,7 +18,7 @@ import pytest
 import torch
 from cases import Case, files_of, words
 from safetensors.torch import load_file
-from transformers import MambaConfig
+from transformers import Gemma3nTextConfig, MambaConfig
 
 from llmc import workspace
 from llmc.algorithms import options_types
@@ -253,7 +253,16 @@ def test_a_bin_file_with_more_in_it_than_tensors_is_not_executed(case, refused, 
 
 def test_an_architecture_without_an_adapter_says_what_to_do(case, refused, damaged):
     MambaConfig(num_hidden_layers=2, hidden_size=8).save_pretrained(damaged)
-    contains(refused(case(damaged)), "'mamba'", "llama", "ADAPTERS in llmc/models/registry.py")
+    made = case(damaged, model={"type": "Llama"})  # auto would explore it
+    contains(refused(made), "'mamba'", "llama", "ADAPTERS in llmc/models/registry.py")
+
+
+def test_an_architecture_that_hands_more_between_blocks_than_the_hidden_state(case, refused, damaged):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    own = {"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 1, "altup_num_inputs": 2, "laurel_rank": 4}
+    kinds = {"layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    Gemma3nTextConfig(**sizes, **own, **kinds, intermediate_size=48, head_dim=8).save_pretrained(damaged)
+    contains(refused(case(damaged)), "can't be compressed block by block", "4 dimensions")
 
 
 def test_a_checkpoint_that_is_quantized_already(case, refused, damaged):

@@ -177,3 +177,20 @@ def test_offline_an_earlier_download_serves(hub, tmp_path):
     hub.cached = FileNotFoundError("nothing cached")
     with pytest.raises(CheckpointError, match=r"can't be reached, and no complete copy.*no route"):
         locate_checkpoint("org/name@main")
+
+
+def test_without_weights_none_are_fetched(hub, tmp_path):
+    hub.files = ["config.json", "mine.py", "model.safetensors", "pytorch_model.bin", "weights.gguf"]
+    hub.folder = folder_with(tmp_path / "fetched", "config.json")
+    assert locate_checkpoint("org/name", weights=False) == hub.folder
+    assert locate_checkpoint("org/name", trust_remote_code=True, weights=False) == hub.folder
+    assert [call[2] for call in hub.calls] == [["config.json"], ["config.json", "mine.py"]]
+    hub.files = ["weights.gguf"]
+    with pytest.raises(CheckpointError, match="no config"):
+        locate_checkpoint("org/name", weights=False)
+
+
+def test_without_weights_a_folder_with_a_configuration_will_do(tmp_path):
+    assert locate_checkpoint(str(folder_with(tmp_path / "model", "config.json")), weights=False) == tmp_path / "model"
+    with pytest.raises(CheckpointError, match="no config"):
+        locate_checkpoint(str(folder_with(tmp_path / "empty")), weights=False)
