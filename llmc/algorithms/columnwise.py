@@ -21,7 +21,7 @@ from ..quant.affine import find_ranges, qparams, quantize
 _T = TypeVar("_T")
 # How many elements of weights and Gram matrices are solved together. A CPU gains nothing beyond what its caches hold a
 # tile of; elsewhere a step costs the same for almost any number of columns.
-_CPU, _ELSEWHERE = 2**23, 2**27
+_CPU, _ELSEWHERE = 2**22, 2**27
 
 
 class Settings(Protocol):

@@ -1,7 +1,8 @@
 """GPTQ (Frantar et al., 2022): round column by column, and let the columns not yet rounded make up for the error.
 
-The solve is one pure function of a weight and a Gram matrix. Linears that share an input share the Gram matrix, its
-factorization and the column loop: they are solved as one stacked matrix.
+The solve (``columnwise.py``) is one pure function of weights and Gram matrices. Linears that share an input share the
+Gram matrix, its factorization and the column loop: they are solved as one stacked matrix. Subsets that are alike, the
+experts of a mixture, share the column loop.
 """
 
 from __future__ import annotations
