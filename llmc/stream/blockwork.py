@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -225,9 +225,10 @@ class BlockWork:
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if searching else unheaped():
                 step.algorithm.solve(own)
-                for view, (one, _, why) in zip(own, seen, strict=True):
+                for view, (one, _, wanted) in zip(own, seen, strict=True):
                     if unit.experts:
-                        view.notes = {name: note.of_expert(one.tokens, why) for name, note in view.notes.items()}
+                        notes = view.notes.items()
+                        view.notes = {name: replace(note, tokens=one.tokens, wanted=wanted) for name, note in notes}
                     self._accept(view)
             last = observed[-1]
             if step.algorithm.kind == "quantizer" and last.part + 1 == len(unit.parts):
@@ -309,15 +310,13 @@ class BlockWork:
             modules=tuple(self._linear(part.linears[0]) for part in unit.parts) if searching and unit.experts else (),
         )
 
-    def _enough(self, one: Observed, unit: Unit, step: Step) -> tuple[Statistics, str | None]:
-        """The statistics to solve a part with, and why they aren't its own: an expert that few tokens reach is solved
-        with those that reach any expert of its layer."""
-        if not unit.experts or step.algorithm.kind == "transform" or one.pooled is None:
+    def _enough(self, one: Observed, unit: Unit, step: Step) -> tuple[Statistics, int | None]:
+        """The statistics to solve a part with, and, if they aren't its own, how many tokens it should have had: an
+        expert that few tokens reach is solved with those that reach any expert of its layer."""
+        if step.algorithm.kind == "transform" or one.pooled is None or one.tokens is None:
             return one.statistics, None
-        columns = self._linear(unit.subset.linears[0]).weight.shape[1]
-        if one.tokens >= self.context.recipe.experts.enough(columns):
-            return one.statistics, None
-        return one.pooled, f"{one.tokens} calibration tokens reach this expert: solved with those of all experts"
+        enough = self.context.recipe.experts.enough(self._linear(unit.subset.linears[0]).weight.shape[1])
+        return (one.statistics, None) if one.tokens >= enough else (one.pooled, enough)
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.block.get_submodule(name)

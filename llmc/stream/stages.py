@@ -69,14 +69,14 @@ class Observed:
         part: its index.
         statistics: of its own inputs.
         calls: of the inspected module, or of an expert's Linear.
-        tokens: how many its inputs were; of a stage without experts, nobody counts.
+        tokens: how many its inputs were; None where nobody counts: of a stage without experts, or without data.
         pooled: statistics of all parts' inputs together, where asked for.
     """
 
     part: int
     statistics: Statistics
     calls: InspectCalls | None
-    tokens: int = 0
+    tokens: int | None = None
     pooled: Statistics | None = None
 
 
