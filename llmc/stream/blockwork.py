@@ -189,16 +189,24 @@ class BlockWork:
             if step.algorithm.learns:
                 self._learn(step, run, original)
                 self._phase(step, None, keep=False)
+                self._check_all_quantized()
                 self._flush(original)
                 return False
             self._behind = step.needs.data and step.needs.sequential and step.needs.compressed_stream
             keep = self._behind if run is compressed else self._pending is None and original is not None
             self._phase(step, run if step.needs.data else None, keep=keep)
+            self._check_all_quantized()
             if self.clustered is not None:
                 self.quantized = self.clustered.reorder(self.quantized)
                 self.weights.gathered = self.clustered.gathered
         self._flush(original)
         return self._behind
+
+    def _check_all_quantized(self) -> None:
+        names = [name for subset in self.subsets for name in subset.linears]
+        left = [name for name in names if self._scheme_of(name).weight is not None and name not in self.quantized]
+        if left:
+            raise ValueError(f"{self.prefix}.{left[0]} has a grid and wasn't quantized")
 
     def _flush(self, original: BlockRun | None) -> None:
         """Put the original block's outputs in their inputs' place, if they are still waiting."""

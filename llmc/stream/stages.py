@@ -57,8 +57,10 @@ class Stage:
     modules: tuple[nn.Module, ...] = ()
 
     def observe(self, statistics: Statistics, inputs: Tensor) -> None:
-        """Add tokens ``[..., in]`` to the statistics as the Linears will read them, but for rounding."""
-        statistics.update(inputs if self.rotate is None else self.rotate(inputs))
+        """Add tokens ``[..., in]``, if there are any, to the statistics as the Linears will read them, but for
+        rounding."""
+        if inputs.numel():
+            statistics.update(inputs if self.rotate is None else self.rotate(inputs))
 
 
 @dataclass(frozen=True)
