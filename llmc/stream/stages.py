@@ -145,7 +145,7 @@ def observations(stage: Stage, inputs: Iterable[Any], calls: HeldCalls) -> Itera
                 calls = HeldCalls(stage.modules[part], [((one.of(stage.experts[part]),), {}) for one in inputs])
             found.append(Observed(part, statistics, calls, counts[part], pooled))
         yield found
-        del own, found
+        del own, found, statistics
 
 
 @dataclass(frozen=True)

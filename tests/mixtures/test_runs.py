@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from math import exp
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from cases import WINDOW, WINDOWS, Case, files_of, make_case, reload
+from cases import WINDOW, WINDOWS, Case, files_of, make_case, reload, write_pieces
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from families import CONFIGS
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CompressedTensorsConfig
 
 import llmc
 from llmc.cli import main
-from llmc.errors import ModelError
+from llmc.errors import LlmcError, ModelError
 from llmc.verify import verify
 
 VLLM, FAKE = "vllm_quant_model", "fake_quant_model"
@@ -213,3 +215,82 @@ def test_another_format_of_a_finished_run_has_the_bytes_of_the_run(done, case, f
     assert main(["export", "--from", str(one.save_path), "--to", "fake"]) == 0
     for folder in (VLLM, FAKE):
         assert files_of(one.save_path / folder) == files_of(both.save_path / folder)
+
+
+GROUPS = {"bit": 4, "symmetric": True, "granularity": "per_group", "group_size": 32}
+FORMATS: dict[str, dict[str, Any]] = {
+    "save_sgl": {"weight": GROUPS},
+    "save_trtllm": {"weight": {**FP8, "granularity": "per_tensor"}, "act": {**FP8, **STATIC}},
+    "save_autoawq": {"weight": {**GROUPS, "symmetric": False}},
+    "save_autogptq": {"weight": GROUPS},
+    "save_lightllm": {"weight": GROUPS},
+    "save_llamacpp": {"weight": {**GROUPS, "bit": 8}},
+    "save_mlcllm": {"weight": {**GROUPS, "symmetric": False}},
+}
+REFUSED = {
+    "save_mlcllm": dict.fromkeys(CONFIGS, "its backend takes llama"),
+    "save_llamacpp": {
+        "qwen2-moe": r"mlp_only_layers \[0\]",
+        "qwen3-moe": "norm_topk_prob False",
+        **dict.fromkeys(["qwen3-next", "deepseek-v2", "deepseek-v3"], "can't be written for llama.cpp"),
+    },
+}
+
+
+@pytest.mark.parametrize("save", FORMATS)
+def test_every_format_holds_the_evaluated_model_or_says_why_not(case, source_of, tmp_path, family, save):
+    source = shutil.copytree(source_of(family), tmp_path / "pieced")
+    write_pieces(source)
+    saved = {"save_vllm": False, save: True}
+    run = case(source, "RTN", quant=FORMATS[save], save=saved, eval={"eval_pos": []})
+    reason = REFUSED.get(save, {}).get(family)
+    if reason is not None:
+        with pytest.raises(LlmcError, match=reason):
+            run.compress()
+        return
+    folder = Path(run.compress().outputs[save]["folder"])
+    report = verify(folder, run.save_path / FAKE)
+    assert report.findings == [] and not report.unjudged
+
+
+def test_the_importance_matrix_has_a_row_for_each_expert(case, source_of, tmp_path):
+    """The number of tokens that it saw, and the squares that it read of them: what all experts read is what their
+    router read, twice."""
+    source = shutil.copytree(source_of("mixtral"), tmp_path / "pieced")
+    write_pieces(source)
+    run = case(source, "RTN", save={"save_vllm": False, "save_fake": False, "save_imatrix": True, "save_trans": True})
+    run.compress()
+    reader = GGUFReader(run.save_path / "imatrix" / "imatrix.gguf")
+    found = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
+    for block in range(2):
+        for linear, width in (("gate", 64), ("up", 64), ("down", 96)):
+            name = f"blk.{block}.ffn_{linear}_exps.weight"
+            assert found[f"{name}.in_sum2"].shape == (4, width) and found[f"{name}.counts"].shape == (4, 1)
+            assert found[f"{name}.counts"].sum() == 2 * 64 and found[f"{name}.counts"].unique().numel() > 1
+            assert (found[f"{name}.in_sum2"] > 0).all()
+        both = [found[f"blk.{block}.ffn_{linear}_exps.weight.in_sum2"] for linear in ("gate", "up")]
+        assert torch.equal(*both)
+
+
+def test_the_plan_names_experts_together(case, capsys):
+    run = case("qwen2-moe", "RTN")
+    assert main([*run.arguments, "--dry-run"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line[0] for line in lines if line and line[0].startswith("model.layers.1.mlp.")]
+    path = "model.layers.1.mlp"
+    assert rows == [
+        *(f"{path}.experts.0-3.{name}" for name in ("gate_proj", "up_proj")),
+        *(f"{path}.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+        f"{path}.experts.0-3.down_proj",
+    ]
+    assert not run.save_path.exists()
+
+
+def test_experts_with_a_scheme_of_their_own_have_a_row_of_their_own(case, capsys):
+    down = {"layer_name": ["mlp.experts.2.down_proj"], "do_quant": False}
+    run = case("qwen3-moe", "RTN", quant={"mix_bits": {"one": down}})
+    assert main([*run.arguments, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "model.layers.0.mlp.experts.0-1,3.down_proj" in out and "model.layers.0.mlp.experts.2.down_proj" in out
+    assert main([*run.arguments, "--dry-run", "--set", "quant.mix_bits.one.layer_name=[no_such]"]) == 2
+    assert "mlp.experts.0-3.down_proj" in capsys.readouterr().err
