@@ -16,6 +16,7 @@ from .errors import ConfigError, ModelError
 from .export import Exporter, Layer
 from .models import Heads, Subset
 from .quant import PerGroup, QuantSpec
+from .report.experts import collapsed
 from .stream.decoding import Checkpoint, Entry
 from .stream.skeleton import HEAD, Skeleton, block_unit
 
@@ -131,7 +132,7 @@ def _check_rules(recipe: Recipe, blocks: int, names: list[str]) -> None:
                 short = [name.rpartition(".")[2] for name in names]
                 raise ConfigError(
                     f"{where} matches no layer of this model{did_you_mean(pattern.name, [*names, *short])}",
-                    f"the layers of a block: {', '.join(names)}",
+                    f"the layers of a block: {', '.join(collapsed(names))}",
                 )
             _check_blocks(where, pattern, blocks)
 

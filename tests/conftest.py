@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import settings
-from tiny import Tiny, write_checkpoint
+from tiny import Tiny, checkpoints
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, MistralConfig, OPTConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -35,16 +35,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     """A tiny checkpoint by its name in ``CONFIGS``; written once. Copy it before you change it."""
-    written: dict[str, Tiny] = {}
-
-    def get(name: str) -> Tiny:
-        if name not in written:
-            folder = tmp_path_factory.mktemp(name)
-            write_checkpoint(CONFIGS[name], folder)
-            written[name] = Tiny(name, folder)
-        return written[name]
-
-    return get
+    return checkpoints(CONFIGS, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(params=CONFIGS)

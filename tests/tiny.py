@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,8 +92,24 @@ def write_checkpoint(config: PreTrainedConfig, folder: Path, dtype: torch.dtype 
 
 
 def write_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Random weights, also in norms and biases: a parameter that isn't loaded shows."""
+    """Random weights, also in norms, biases and what a router has: a tensor that isn't loaded shows."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+        stored = model.state_dict()
+        buffers = [tensor for name, tensor in model.named_buffers() if name in stored and tensor.is_floating_point()]
+        for tensor in (*model.parameters(), *buffers):
+            tensor.add_(torch.randn_like(tensor), alpha=0.15)
     model.to(dtype).save_pretrained(folder, max_shard_size="40KB")
+
+
+def checkpoints(configs: Mapping[str, PreTrainedConfig], new_folder: Callable[[str], Path]) -> Callable[[str], Tiny]:
+    """Tiny checkpoints by their names in ``configs``, each written once, into a folder that ``new_folder`` makes."""
+    written: dict[str, Tiny] = {}
+
+    def get(name: str) -> Tiny:
+        if name not in written:
+            folder = new_folder(name)
+            write_checkpoint(configs[name], folder)
+            written[name] = Tiny(name, folder)
+        return written[name]
+
+    return get

@@ -122,7 +122,7 @@ class Algorithm:
     works_without_grid: ClassVar[bool] = False
     """Whether it may be named in a run that leaves the weights as they are."""
 
-    works_on: ClassVar[frozenset[Space]] = frozenset({"residual", "heads", "ffn"})
+    works_on: ClassVar[frozenset[Space]] = frozenset({"residual", "heads", "ffn", "inner"})
     """The spaces whose readers it changes."""
 
     layers: tuple[str, ...] | None = None

@@ -45,7 +45,8 @@ class LayerNote:
         fallback: why it was treated by a simpler method.
         sparsity: fraction of its weights that were pruned; None if none were to be.
         pruning_error: ``error`` of the pruning, where a quantizer followed.
-        tokens: of an expert's, how many calibration tokens reached it.
+        tokens: of an expert's, how many calibration tokens it was shown; None where nobody counted.
+        wanted: of an expert's that was shown fewer than these, and was solved with those of all experts of its layer.
     """
 
     error: float = 0.0
@@ -54,17 +55,22 @@ class LayerNote:
     sparsity: float | None = None
     pruning_error: float | None = None
     tokens: int | None = None
-
-    def of_expert(self, tokens: int, why: str | None) -> LayerNote:
-        """This note of an expert's Linear with the number of its calibration tokens, and why it took others'."""
-        return replace(self, tokens=tokens, fallback="; ".join(text for text in (why, self.fallback) if text) or None)
+    wanted: int | None = None
 
     def behind(self, earlier: LayerNote | None) -> LayerNote:
         """This note of a quantizer with what the pruner before it had to say."""
         if earlier is None:
             return self
         fallback = "; ".join(text for text in (earlier.fallback, self.fallback) if text) or None
-        return replace(self, fallback=fallback, sparsity=earlier.sparsity, pruning_error=earlier.error)
+        counted = earlier if self.tokens is None else self
+        return replace(
+            self,
+            fallback=fallback,
+            sparsity=earlier.sparsity,
+            pruning_error=earlier.error,
+            tokens=counted.tokens,
+            wanted=counted.wanted,
+        )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """llama.cpp's importance matrix: the squares of every Linear's inputs on the calibration text, in a GGUF file.
 
 ``llama-quantize --imatrix`` weighs its rounding errors with them. The file is that of ``tools/imatrix``: by llama.cpp's
-names of the weights, the sum of squares of each input channel and the count of tokens.
+names of the weights, the sum of squares of each input channel and the count of tokens; of experts a row each.
 """
 
 from __future__ import annotations
@@ -76,17 +76,25 @@ class Imatrix(Exporter):
         import gguf
 
         from .gguf_file import tensor_name
-        from .gguf_models import architecture_of
+        from .gguf_models import architecture_of, place_of
 
         found, blocks = architecture_of(source.config), int(source.config["num_hidden_layers"])
         writer = gguf.GGUFWriter(target, found.name)
         writer.add_type(gguf.GGUFType.IMATRIX)
         count, tokens = 0, 0
         for part in parts:
+            stacked: dict[str, dict[int, Tensor]] = {}  # experts are rows of one tensor
             for key, tensor in sorted(load_file(part).items()):
                 module, _, last = key.rpartition(".")
-                writer.add_tensor(f"{tensor_name(found, blocks, f'{module}.weight')}.{last}", tensor.numpy())
-                count, tokens = count + 1, int(tensor) if last == _COUNT else tokens
+                name, expert = (
+                    tensor_name(found, blocks, f"{module}.weight"),
+                    place_of(found, f"{module}.weight").expert,
+                )
+                stacked.setdefault(f"{name}.{last}", {})[expert or 0] = tensor
+                tokens = max(tokens, int(tensor)) if last == _COUNT else tokens
+            for name, rows in stacked.items():
+                writer.add_tensor(name, torch.cat([rows[expert] for expert in sorted(rows)]).numpy())
+                count += 1
         writer.add_array("imatrix.datasets", ["calibration text"])
         writer.add_uint32("imatrix.chunk_count", 1)
         writer.add_uint32("imatrix.chunk_size", tokens)

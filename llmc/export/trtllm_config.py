@@ -11,7 +11,7 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 MIXED = "MIXED_PRECISION"
 
 _PRODUCER = {"name": "modelopt", "version": "0.47.0"}  # whose layout it is; loaders look for the name
-_EXCLUDED = ("lm_head", "*embed_tokens", "*mlp.gate", "*block_sparse_moe.gate")
+_EXCLUDED = ("lm_head", "*embed_tokens", "*mlp.gate", "*block_sparse_moe.gate", "*shared_expert_gate")
 _FLOAT8: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 _FLOAT4: dict[str, Any] = {"dynamic": False, "num_bits": 4, "type": "float"}
 _INT: dict[str, Any] = {"dynamic": False, "type": "int"}

@@ -31,7 +31,7 @@ _LAYOUTS: dict[str, Layout] = {PACKED: Packed(), NVFP4: Pairs(), MXFP4: Pairs()}
 _CACHE_PARTS = ("k_scale", "v_scale")
 _CACHE_SCHEME = QuantizationArgs(num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False)
 # Routers of mixtures of experts aren't Linears in Transformers, but vLLM would ask for their scales.
-_ROUTERS = (r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$")
+_ROUTERS = (r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$", r"re:.*shared_expert_gate$")
 
 
 class VLLM(Exporter):

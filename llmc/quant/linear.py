@@ -45,10 +45,11 @@ class InputQuantizer:
         self.found, self._on, self._kept = None, False, None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The arguments with the first one, the input, rounded; None to leave them."""
-        if not self._on:
-            return None
+        """The arguments with the first one, the input, rounded; None to leave them. An input without tokens, which an
+        expert may get, has nothing to round."""
         inputs: Tensor = args[0]
+        if not self._on or not inputs.numel():
+            return None
         kept = self._kept
         if kept is None or not kept.is_of(inputs):
             rounded = fake_quantize_inputs(inputs.detach(), self.spec, self.found)

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .experts import collapsed, fallbacks
+
 if TYPE_CHECKING:
     from ..export import Exporter, Layer
     from ..exporting import Exported
@@ -48,6 +50,15 @@ def _size(original: int, output: Mapping[str, Any]) -> str:
     return f"{human(original)} -> {human(size)} ({size / original:.0%}), {bits:.2f} bits per weight overall"
 
 
+def _alike(layers: Sequence[Layer]) -> list[tuple[str, Layer]]:
+    """Rows of a table: experts of which the same becomes are one, with all their numbers."""
+    kinds: dict[tuple[int, int, str], dict[str, Layer]] = {}
+    for layer in layers:
+        kinds.setdefault((layer.rows, layer.columns, layer.describe()), {})[layer.name] = layer
+    rows = {members[0]: name for kind in kinds.values() for name, members in collapsed(kind).items()}
+    return [(rows[layer.name], layer) for layer in layers if layer.name in rows]
+
+
 class ProgressListener:
     """Shows the pass over the blocks; on a terminal as a bar, in a log as a line now and then."""
 
@@ -69,9 +80,8 @@ class ProgressListener:
         if not self._rich.is_terminal and (index + 1) % max(1, self._blocks // 10) == 0:
             error = "" if row.get("error") is None else f", relative error {row['error']:.2e}"
             self._rich.print(f"block {index + 1}/{self._blocks}: {row['seconds']:.1f} s{error}")
-        for name, note in row["layers"].items():
-            if note["fallback"]:
-                self._rich.print(f"[yellow]warning:[/] {row['unit']}, {name}: {note['fallback']}")
+        for line in fallbacks(row):
+            self._rich.print(f"[yellow]warning:[/] {line}")
         if row["tuning"] is not None and row["tuning"]["stopped"]:
             self._rich.print(f"[yellow]warning:[/] {row['unit']}: {row['tuning']['stopped']}; kept the best before it")
 
@@ -115,9 +125,9 @@ class Console:
     ) -> None:
         """What a dry run found out; ``decoded`` says what is made dense as it's read."""
         table = Table("layer", "out x in", "scheme", box=None, pad_edge=False)
-        for layer in layers:
+        for name, layer in _alike(layers):
             scheme = layer.describe() or "[yellow]kept[/]"
-            table.add_row(layer.name, f"{layer.rows} x {layer.columns}", scheme)
+            table.add_row(name, f"{layer.rows} x {layer.columns}", scheme)
         self._rich.print(table)
         schemes = Counter(layer.describe() or "kept" for layer in layers)
         self._rich.print("\n[bold]Plan[/]" + (f" {self._task}" if self._task else ""))
@@ -167,6 +177,9 @@ class Console:
         facts["peak memory"] = human(metrics["peak_host_bytes"])
         if metrics["peak_device_bytes"]:
             facts["peak device memory"] = human(metrics["peak_device_bytes"])
+        if scarce := sum(len(one["solved_with_all_tokens"]) for one in metrics["experts"]):
+            count = sum(one["experts"] for one in metrics["experts"])
+            facts["experts"] = f"{scarce} of {count} saw few calibration tokens and were solved with those of all"
         if metrics["fallbacks"]:
             facts["fallbacks"] = f"{len(metrics['fallbacks'])} layers were rounded or pruned plainly, see metrics.json"
         for name, output in result.outputs.items():

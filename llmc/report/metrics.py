@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..eval.perplexity import Perplexity
+from .experts import BlockExperts
 
 SCHEMA = 1
 _BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
@@ -55,8 +56,12 @@ def make_metrics(
     quantizer's own); ``inputs`` the calibrated range of each subset's input where activations have
     static scales. ``blocks_dropped`` gives the influence of every block of the original model and the numbers of those
     that were left out; ``unit`` keeps the original numbers.
+    ``experts`` says of each block of a mixture how many calibration tokens its experts were shown, and which saw too
+    few and were solved with those of all; in ``layers`` stand every expert's ``tokens``, and in ``wanted`` how many it
+    should have had where it had fewer.
     ``tuning`` is the loss at the start and at the end of a block that was learned, and the epoch that was kept."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
+    experts = [found for row in blocks if (found := BlockExperts.of(row)) is not None]
     fallbacks = [
         {"block": row["unit"], "layer": name, "why": note["fallback"]}
         for row in blocks
@@ -83,6 +88,7 @@ def make_metrics(
         "peak_host_bytes": measured.peak_host,
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
+        "experts": [one.to_dict() for one in experts],
         "blocks": [{key: row[key] for key in _BLOCK_KEYS} for row in blocks],
         "config": dict(config),
     }

@@ -104,15 +104,13 @@ class BlockSubsets:
             modules=tuple(self.linear(part.linears[0]) for part in unit.parts) if searching and unit.experts else (),
         )
 
-    def enough(self, one: Observed, unit: Unit, algorithm: Algorithm) -> tuple[Statistics, str | None]:
-        """The statistics to solve a part with, and why they aren't its own: an expert that few tokens reach is solved
-        with those that reach any expert of its layer."""
-        if not unit.experts or algorithm.kind == "transform" or one.pooled is None:
+    def enough(self, one: Observed, unit: Unit, algorithm: Algorithm) -> tuple[Statistics, int | None]:
+        """The statistics to solve a part with, and, if they aren't its own, how many tokens it should have had: an
+        expert that few tokens reach is solved with those that reach any expert of its layer."""
+        if algorithm.kind == "transform" or one.pooled is None or one.tokens is None:
             return one.statistics, None
-        columns = self.linear(unit.subset.linears[0]).weight.shape[1]
-        if one.tokens >= self.recipe.experts.enough(columns):
-            return one.statistics, None
-        return one.pooled, f"{one.tokens} calibration tokens reach this expert: solved with those of all experts"
+        enough = self.recipe.experts.enough(self.linear(unit.subset.linears[0]).weight.shape[1])
+        return (one.statistics, None) if one.tokens >= enough else (one.pooled, enough)
 
     def view(self, subset: Subset, statistics: Statistics, calls: InspectCalls | None, found: Findings) -> SubsetView:
         """A subset with what a method may read of it."""

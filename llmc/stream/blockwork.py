@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -188,16 +188,24 @@ class BlockWork:
                 with self._working_on(self.block.modules()):
                     self._learn(step, run, original)
                 self._phase(step, None, keep=False)
+                self._check_all_quantized()
                 self._flush(original)
                 return False
             self._behind = step.needs.data and step.needs.sequential and step.needs.compressed_stream
             keep = self._behind if run is compressed else self._pending is None and original is not None
             self._phase(step, run if step.needs.data else None, keep=keep)
+            self._check_all_quantized()
             if self.clustered is not None:
                 self.quantized = self.clustered.reorder(self.quantized)
                 self.weights.gathered = self.clustered.gathered
         self._flush(original)
         return self._behind
+
+    def _check_all_quantized(self) -> None:
+        names = [name for subset in self.subsets for name in subset.linears]
+        left = [name for name in names if self._own.scheme_of(name).weight is not None and name not in self.quantized]
+        if left:
+            raise ValueError(f"{self.prefix}.{left[0]} has a grid and wasn't quantized")
 
     def _flush(self, original: BlockRun | None) -> None:
         """Put the original block's outputs in their inputs' place, if they are still waiting."""
@@ -237,9 +245,10 @@ class BlockWork:
                         treat_unseen(step.algorithm, view)
                 else:
                     step.algorithm.solve(own)
-                for view, (one, _, why) in zip(own, seen, strict=True):
+                for view, (one, _, wanted) in zip(own, seen, strict=True):
                     if unit.experts:
-                        view.notes = {name: note.of_expert(one.tokens, why) for name, note in view.notes.items()}
+                        notes = view.notes.items()
+                        view.notes = {name: replace(note, tokens=one.tokens, wanted=wanted) for name, note in notes}
                     self._accept(view)
             last = observed[-1]
             if step.algorithm.kind == "quantizer" and last.part + 1 == len(unit.parts):

@@ -387,4 +387,6 @@ def _note(note: LayerNote) -> dict[str, Any]:
     plain = {"error": note.error, "damp": note.damp, "fallback": note.fallback}
     if note.sparsity is not None:
         plain |= {"sparsity": note.sparsity, "pruning_error": note.pruning_error}
+    if note.tokens is not None:
+        plain |= {"tokens": note.tokens, "wanted": note.wanted}
     return plain

@@ -57,8 +57,10 @@ class Stage:
     modules: tuple[nn.Module, ...] = ()
 
     def observe(self, statistics: Statistics, inputs: Tensor) -> None:
-        """Add tokens ``[..., in]`` to the statistics as the Linears will read them, but for rounding."""
-        statistics.update(inputs if self.rotate is None else self.rotate(inputs))
+        """Add tokens ``[..., in]``, if there are any, to the statistics as the Linears will read them, but for
+        rounding."""
+        if inputs.numel():
+            statistics.update(inputs if self.rotate is None else self.rotate(inputs))
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,14 @@ class Observed:
         part: its index.
         statistics: of its own inputs.
         calls: of the inspected module, or of an expert's Linear.
-        tokens: how many its inputs were; of a stage without experts, nobody counts.
+        tokens: how many its inputs were; None where nobody counts: of a stage without experts, or without data.
         pooled: statistics of all parts' inputs together, where asked for.
     """
 
     part: int
     statistics: Statistics
     calls: InspectCalls | None
-    tokens: int = 0
+    tokens: int | None = None
     pooled: Statistics | None = None
 
 
@@ -143,7 +145,7 @@ def observations(stage: Stage, inputs: Iterable[Any], calls: HeldCalls) -> Itera
                 calls = HeldCalls(stage.modules[part], [((one.of(stage.experts[part]),), {}) for one in inputs])
             found.append(Observed(part, statistics, calls, counts[part], pooled))
         yield found
-        del own, found
+        del own, found, statistics
 
 
 @dataclass(frozen=True)

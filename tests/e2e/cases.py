@@ -89,3 +89,42 @@ class Case:
     def written(self) -> dict[str, str]:
         """Digests of the exported folders' files."""
         return {name: digest for name, digest in files_of(self.save_path).items() if "_model/" in name}
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    """A text to calibrate on and one to evaluate on."""
+    made = {"calib": folder / "calib.txt", "eval": folder / "eval.txt"}
+    made["calib"].write_text(words(400, seed=1))
+    made["eval"].write_text(words(WINDOW * WINDOWS + 5, seed=2))
+    return made
+
+
+def make_case(checkpoint: Path, texts: dict[str, Path], save_path: Path, method: Any = "RTN", **changes: Any) -> Case:
+    """RTN, 4 bits, asymmetric, groups of 32, into two folders, but for what ``changes`` say."""
+    text = {"name": "text", "bs": 1}
+    content: dict[str, Any] = {
+        "base": {"seed": 42, "device": "cpu"},
+        "model": {"path": str(checkpoint), "torch_dtype": "float32"},
+        "calib": {
+            **text,
+            "path": str(texts["calib"]),
+            "n_samples": 4,
+            "seq_len": 16,
+            "preproc": "sequential",
+        },
+        "eval": {
+            **text,
+            "path": str(texts["eval"]),
+            "seq_len": WINDOW,
+            "num_chunks": WINDOWS,
+            "eval_pos": ["pretrain", "fake_quant"],
+        },
+        "quant": {
+            "method": method,
+            "weight": {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 32},
+        },
+        "save": {"save_vllm": True, "save_fake": True, "save_path": str(save_path)},
+    }
+    for section, values in changes.items():
+        content[section] = {**content.get(section, {}), **values} if isinstance(values, dict) else values
+    return Case(checkpoint, save_path, content)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import WINDOW, WINDOWS, Case, words, write_pieces, write_tokenizer
+from cases import Case, make_case, write_pieces, write_texts, write_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,11 +22,7 @@ def quick_collections() -> None:
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A text to calibrate on and one to evaluate on."""
-    folder = tmp_path_factory.mktemp("text")
-    made = {"calib": folder / "calib.txt", "eval": folder / "eval.txt"}
-    made["calib"].write_text(words(400, seed=1))
-    made["eval"].write_text(words(WINDOW * WINDOWS + 5, seed=2))
-    return made
+    return write_texts(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")
@@ -92,32 +88,6 @@ def case(source: Path, texts: dict[str, Path], tmp_path: Path) -> Callable[..., 
 
     def make(checkpoint: Path = source, method: Any = "RTN", **changes: Any) -> Case:
         save_path = tmp_path / f"out-{next(count)}"
-        text = {"name": "text", "bs": 1}
-        content: dict[str, Any] = {
-            "base": {"seed": 42, "device": "cpu"},
-            "model": {"path": str(checkpoint), "torch_dtype": "float32"},
-            "calib": {
-                **text,
-                "path": str(texts["calib"]),
-                "n_samples": 4,
-                "seq_len": 16,
-                "preproc": "sequential",
-            },
-            "eval": {
-                **text,
-                "path": str(texts["eval"]),
-                "seq_len": WINDOW,
-                "num_chunks": WINDOWS,
-                "eval_pos": ["pretrain", "fake_quant"],
-            },
-            "quant": {
-                "method": method,
-                "weight": {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 32},
-            },
-            "save": {"save_vllm": True, "save_fake": True, "save_path": str(save_path)},
-        }
-        for section, values in changes.items():
-            content[section] = {**content.get(section, {}), **values} if isinstance(values, dict) else values
-        return Case(checkpoint, save_path, content)
+        return make_case(checkpoint, texts, save_path, method, **changes)
 
     return make

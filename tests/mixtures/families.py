@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
@@ -41,3 +44,28 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "deepseek-v2": DeepseekV2Config(**LATENT, q_lora_rank=None, topk_method="greedy"),
     "deepseek-v3": DeepseekV3Config(**LATENT, q_lora_rank=32, n_group=2, topk_group=1),
 }
+
+
+def fused_experts(model: nn.Module) -> dict[str, Any]:
+    """Transformers' modules that keep all experts' matrices in one parameter, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "gate_up_proj")}
+
+
+def expert_weights(fused: Any) -> dict[str, Tensor]:
+    """The weights of each expert's Linears, by their names in ``LinearExperts``."""
+    found = {}
+    for index, (both, down) in enumerate(zip(fused.gate_up_proj, fused.down_proj, strict=True)):
+        gate, up = both.chunk(2)
+        for name, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            found[f"{index}.{name}.weight"] = weight
+    return found
+
+
+def linear_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of Transformers' model, the experts' matrices one by one."""
+    state = dict(model.state_dict())
+    for path, fused in fused_experts(model).items():
+        for name in ("gate_up_proj", "down_proj"):
+            del state[f"{path}.{name}"]
+        state |= {f"{path}.{name}": weight for name, weight in expert_weights(fused).items()}
+    return state
