@@ -102,7 +102,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     set_seed(config.base.seed)
     trust = config.model.trust_remote_code
     folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
-    refuse_foreign_layout(str(read_config(folder).get("model_type")))
+    refuse_foreign_layout(_declared_type(folder))
     model_config = load_model_config(folder, trust_remote_code=trust)
     adapter, warnings = adapter_of(config.model, model_config, folder)
     checkpoint = open_checkpoint(folder)
@@ -185,6 +185,16 @@ def experts_on_host(
     if config.base.experts != "auto" or device.type != "cuda":
         return config.base.experts == "host" and device.type != "cpu"
     return 2 * largest_block(skeleton, entries) > torch.cuda.mem_get_info(device)[0]
+
+
+def _declared_type(folder: Path) -> str:
+    """What ``config.json`` says, before Transformers reads it and wants a layout's own code; "" if it is damaged,
+    of which more is said when it's read."""
+    try:
+        content = read_config(folder)
+    except (ValueError, OSError):
+        return ""
+    return str(content.get("model_type")) if isinstance(content, dict) else ""
 
 
 def _frame(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmc.algorithms import new_statistics
 from llmc.stream.activations import Stream
+from llmc.stream.batch import Batch
 from llmc.stream.calls import record
 from llmc.stream.stages import BlockRun, Observed, Stage, propagate, run_replayed, run_staged, run_together
 
@@ -72,7 +73,8 @@ def make(tokens, templates):
     def make(tiny) -> Work:
         if tiny.name not in templates:
             skeleton = tiny.loaded()
-            batches = [record(skeleton, tokens(*shape)) for shape in [(1, 12), (2, 9), (1, 12)]]
+            cpu, shapes = torch.device("cpu"), [(1, 12), (2, 9), (1, 12)]
+            batches = [record(skeleton, Batch(tokens(*shape)), cpu) for shape in shapes]
             hidden, calls = [one.hidden for one in batches], [one.calls[1] for one in batches]
             templates[tiny.name] = skeleton.blocks[1], hidden, calls, tiny.subsets
         original, hidden, calls, subsets = templates[tiny.name]
