@@ -228,11 +228,22 @@ def _check_recipe(
     _check_learning(recipe, compute)
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
+        _check_heads(subsets)
     if recipe.clusters:
         for own in dict.fromkeys(subsets):
             check_reorderable(own)
         _check_clustered(config, recipe, skeleton)
     _check_dropping(recipe, len(skeleton.blocks))
+
+
+def _check_heads(subsets: Sequence[tuple[Subset, ...]]) -> None:
+    """Refuse a cache of a model whose blocks haven't all got one."""
+    bare = [index for index, own in enumerate(subsets) if not any(subset.reads == "heads" for subset in own)]
+    if bare:
+        raise ConfigError(
+            f"quant.kvcache, or eval type 'decode_ppl': block {bare[0]} has no attention over keys and values",
+            "leave out quant.kvcache, and evaluate with type ppl",
+        )
 
 
 def _check_dropping(recipe: Recipe, blocks: int) -> None:

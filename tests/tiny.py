@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmc.models import ModelAdapter, Subset, find_adapter
 from llmc.models.layouts import StoredLayout, layout_of
+from llmc.stream.batch import Batch
+from llmc.stream.calls import Recorded, record
 from llmc.stream.decoders import open_checkpoint
 from llmc.stream.decoding import Checkpoint
 from llmc.stream.headers import TensorEntry
@@ -113,3 +116,8 @@ def checkpoints(configs: Mapping[str, PreTrainedConfig], new_folder: Callable[[s
         return written[name]
 
     return get
+
+
+def recorded(skeleton: Skeleton, ids: Tensor) -> Recorded:
+    """How a loaded model calls its blocks on token ids ``[batch, tokens]``."""
+    return record(skeleton, Batch(ids), torch.device("cpu"))

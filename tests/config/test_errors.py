@@ -161,7 +161,7 @@ def test_the_good_one(tmp_path: Path) -> None:
         ("name: c4", "name: t2v", "calib.name (line 6): 't2v': video generation is out of scope"),
         ("    save_vllm", "    save_lightx2v: True\n    save_vllm", "save.save_lightx2v (line 31)"),
         ("    path: /models/tiny", "    path: m\n    type: WanT2V", "model.type (line 5): 'WanT2V': video generation is out of scope"),
-        ("    path: /models/tiny", "    path: m\n    type: Qwen2VL", "model.type (line 5): 'Qwen2VL': compressing models of images, video or sound is out of scope"),
+        ("    path: /models/tiny", "    path: m\n    type: Qwen2Audio", "model.type (line 5): 'Qwen2Audio': compressing this family of models of images, video or sound is out of scope"),
         ("base:", "video_gen: {}\nbase:", "video_gen (line 1): video generation is out of scope"),
         ("    special:\n", "    speical: {}\n    special:\n", "quant.speical (line 25): an old spelling of 'special', which is there too"),
     ],

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import recorded
 from torch import nn
 
-from llmc.stream.calls import record, token_losses
+from llmc.stream.calls import token_losses
 from llmc.stream.skeleton import EMBED, HEAD
 
 LENGTH = 12  # longer than windows and chunks of attention
@@ -29,11 +30,11 @@ def test_replaying_the_blocks_equals_the_whole_forward_bit_for_bit(family, token
     source = family.source(skeleton)
     embedding = source.take(EMBED)
     skeleton.load(embedding)
-    recorded = record(skeleton, ids)
+    seen = recorded(skeleton, ids)
     skeleton.release_unit(EMBED)
-    hidden = recorded.hidden
+    hidden = seen.hidden
     assert type(hidden) is torch.Tensor
-    for index, (block, call, expected) in enumerate(zip(skeleton.blocks, recorded.calls, outputs, strict=True)):
+    for index, (block, call, expected) in enumerate(zip(skeleton.blocks, seen.calls, outputs, strict=True)):
         skeleton.load(source.take(f"block-{index}"))
         hidden = call(block, hidden)
         skeleton.release(block)

@@ -7,6 +7,7 @@ import remote_code as remote
 import torch
 import transformers as t
 from family_configs import BLOOM, CONFIGS, GQA, OWN_ATTENTION
+from tiny import recorded
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -14,7 +15,7 @@ from llmc.algorithms import awq
 from llmc.errors import ModelError
 from llmc.models import check_reorderable, find_adapter, residual_of
 from llmc.stream.attention import CachedAttention, attending, check_attention
-from llmc.stream.calls import record, token_losses
+from llmc.stream.calls import token_losses
 
 
 def subsets_of(config: PreTrainedConfig):
@@ -96,7 +97,7 @@ def skeleton_of(family, monkeypatch, **changes):
 def test_a_hidden_state_that_begins_with_the_tokens(family_of, tokens, monkeypatch):
     skeleton = skeleton_of(family_of("chatglm"), monkeypatch, sequence_first=True)
     with pytest.raises(ModelError, match=r"of \[1, 12\] tokens is \[12, 1, 64\]"):
-        record(skeleton, tokens(1, 12))
+        recorded(skeleton, tokens(1, 12))
 
 
 @torch.no_grad()
@@ -110,9 +111,9 @@ def test_a_single_block_returns_what_the_model_expects(family_of, tokens, name, 
     blocks = model.get_submodule(family.adapter.blocks)
     for index in range(1, len(blocks)):
         del blocks[index]
-    recorded = record(skeleton, ids)
-    assert len(recorded.calls) == 1
-    hidden = recorded.calls[0](blocks[0], recorded.hidden)
+    seen = recorded(skeleton, ids)
+    assert len(seen.calls) == 1
+    hidden = seen.calls[0](blocks[0], seen.hidden)
     logits = model(input_ids=ids, use_cache=False).logits
     losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(token_losses(skeleton, hidden, ids).flatten(), losses, rtol=1e-6, atol=1e-6)
