@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
-sys.path[:0] = map(str, Path(__file__).parents[1:3])
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from real import text
 
