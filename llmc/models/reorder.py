@@ -49,12 +49,9 @@ def check_reorderable(subsets: Sequence[Subset]) -> None:
     Raises:
         ModelError: says why.
     """
-    bare = [subset for subset in subsets if subset.prev is None]
+    bare = any(subset.prev is None for subset in subsets if subset.reads == "residual")
     spaces = sorted((subset.reads, str(subset.writes)) for subset in subsets)
-    if any(subset.reads != "residual" for subset in bare):
-        linear = next(subset.linears[0] for subset in bare if subset.reads != "residual")
-        reason = f"nothing in front of {linear} could write in another order"
-    elif bare:
+    if bare:
         reason = "its norms stand behind each branch, so that nothing in front of it could write in another order"
     elif any(subset.rows is not None for subset in subsets):
         reason = "one of its Linears makes several tensors, each of which would need an order of its own"

@@ -6,7 +6,7 @@ import pytest
 import remote_code as remote
 import torch
 import transformers as t
-from family_configs import BLOOM, CONFIGS, GQA, OWN_ATTENTION
+from family_configs import BLOOM, CONFIGS, OWN_ATTENTION
 from tiny import recorded
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -62,12 +62,6 @@ def test_fused_queries_and_keys_are_not_clipped(family_of, name):
 def test_blocks_that_cannot_be_reordered(family_of, name, reason):
     with pytest.raises(ModelError, match=reason):
         check_reorderable(family_of(name).subsets)
-
-
-def test_a_mixture_of_llama4():
-    config = t.Llama4TextConfig(**GQA, head_dim=16, moe_layers=[0], num_local_experts=2)
-    with pytest.raises(ModelError, match="experts of a Llama4TextMoe"):
-        subsets_of(config)
 
 
 def test_a_bloom_that_does_not_call_its_linears():
