@@ -19,7 +19,7 @@ class Subset:
 
     Attributes:
         linears: names inside the block, such as ``self_attn.q_proj``. Of a mixture, those of all experts that read
-            their tokens' rows of the tensor.
+            their tokens' rows of the tensor, in front of a shared expert's.
         prev: the module that can absorb a scale of that tensor (a norm or a Linear); None if nothing can.
         inspect: the smallest module whose output sees the effect; ``""`` is the block.
         reads: the space of the shared input. ``heads`` is the attention's output, grouped by query head; a subset that

@@ -14,6 +14,7 @@ _EMBEDDING_NORM = "a norm stands between the embedding and the residual, and its
 
 def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
     """Where the residual goes on behind the norms (``apply_residual_connection_post_layernorm``), they absorb nothing.
+    It's called the residual all the same, though running a block doesn't show it: nothing passes the norms unchanged.
 
     Raises:
         ModelError: the model's code multiplies by slices of its Linears instead of calling them.

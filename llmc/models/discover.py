@@ -20,9 +20,10 @@ from .adapter import Heads, ModelAdapter, Subset, heads_of
 from .discovery.calls import LONG, SHORT, BlockCall, Found, find_blocks
 from .discovery.exact import fill
 from .discovery.kinds import Fingerprint, fingerprint, straighten, transposed
+from .discovery.mixtures import subset_of_experts
 from .discovery.producers import Absorber, Producer, absorber_of, find_producers, fold_problem
 from .discovery.readers import Group, Readers, expert_counts, find_readers
-from .discovery.spaces import Spaces, find_spaces
+from .discovery.spaces import Map, Spaces, find_spaces
 from .discovery.trial import Run, Trial
 
 _NAME = "Discovered"
@@ -135,7 +136,7 @@ class _Shown:
 
     readers: Readers
     absorbers: tuple[Absorber | str, ...]
-    spaces: tuple[Spaces, ...]
+    map: Map
 
 
 @contextmanager
@@ -174,12 +175,12 @@ def _facts(block: nn.Module, calls: Mapping[tuple[int, int], BlockCall], config:
 def _look(trial: Trial, long: Run, routers: frozenset[int]) -> _Shown:
     short = trial.run(SHORT)
     readers, again = find_readers(trial.block, long, routers), find_readers(trial.block, short, routers)
-    if readers.groups != again.groups:
+    if (readers.groups, readers.mixtures) != (again.groups, again.mixtures):
         raise ModelError("which Linears share an input depends on the text's length", "it needs an adapter of its own")
     producers = find_producers(trial, short, readers.groups, readers.loose)
     spaces = find_spaces(trial, long, readers.groups, producers, readers.loose)
-    absorbers = [_absorber(trial, producers.get(index), space) for index, space in enumerate(spaces)]
-    return _Shown(readers, tuple(absorbers), tuple(spaces))
+    absorbers = [_absorber(trial, producers.get(index), space) for index, space in enumerate(spaces.groups)]
+    return _Shown(readers, tuple(absorbers), spaces)
 
 
 def _verified(trial: Trial, routers: frozenset[int]) -> BlockFacts:
@@ -187,7 +188,7 @@ def _verified(trial: Trial, routers: frozenset[int]) -> BlockFacts:
     long = trial.run(LONG)
     shown = _look(trial, long, routers)
     subsets, reasons, heads = [], {}, None
-    for group, space, found in zip(shown.readers.groups, shown.spaces, shown.absorbers, strict=True):
+    for group, space, found in zip(shown.readers.groups, shown.map.groups, shown.absorbers, strict=True):
         subset = Subset(
             linears=group.linears,
             prev=None,
@@ -196,6 +197,7 @@ def _verified(trial: Trial, routers: frozenset[int]) -> BlockFacts:
             writes=space.writes,
             also=group.also,
             fused=_fused(group.linears),
+            experts=group.experts,
         )
         problem: str | None
         if isinstance(found, Absorber):
@@ -210,7 +212,25 @@ def _verified(trial: Trial, routers: frozenset[int]) -> BlockFacts:
         if problem is not None:
             reasons[subset.key] = problem
         subsets.append(subset)
-    return BlockFacts(tuple(subsets), reasons, shown.readers.loose, heads=heads)
+    for path, place in reversed(list(shown.readers.mixtures.items())):
+        subset, problem = subset_of_experts(trial, long, path, shown.map.experts[path])
+        subsets.insert(place, subset)
+        if problem is not None:
+            reasons[subset.key] = problem
+    return BlockFacts(tuple(_seen_behind(trial, subsets)), reasons, shown.readers.loose, heads=heads)
+
+
+def _seen_behind(trial: Trial, subsets: Sequence[Subset]) -> list[Subset]:
+    """The subsets, with a witness behind those that are one Linear which does the work of several: queries, keys and
+    values, or a gate and what it's multiplied by. Where these are Linears of their own, what they make together is
+    looked at."""
+    several = {subset.prev for subset in subsets if subset.rows is not None}
+    return [
+        replace(one, inspect=_around(trial, list(one.linears)))
+        if one.reads == "residual" and len(one.linears) == 1 and one.linears[0] in several
+        else one
+        for one in subsets
+    ]
 
 
 def _absorber(trial: Trial, producer: Producer | None, space: Spaces) -> Absorber | str:
@@ -225,8 +245,11 @@ def _absorber(trial: Trial, producer: Producer | None, space: Spaces) -> Absorbe
 def _inspect(trial: Trial, group: Group) -> str:
     """The smallest module, called once, that contains all readers."""
     names = [*group.linears, *group.also]
-    if len(names) == 1:
-        return names[0]
+    return names[0] if len(names) == 1 else _around(trial, names)
+
+
+def _around(trial: Trial, names: Sequence[str]) -> str:
+    """The smallest module, called once, around these."""
     parts = [name.split(".")[:-1] for name in names]
     shared = []
     for level in zip(*parts, strict=False):

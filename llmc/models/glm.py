@@ -34,7 +34,8 @@ def chatglm_heads(config: PretrainedConfig) -> Heads:
 
 
 def chatglm(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
-    """Norms behind which the residual goes on (``apply_residual_connection_post_layernorm``) absorb nothing."""
+    """Norms behind which the residual goes on (``apply_residual_connection_post_layernorm``) absorb nothing. It's
+    called the residual all the same, though running a block doesn't show it: nothing passes the norms unchanged."""
     heads = chatglm_heads(config)
     carried = config.apply_residual_connection_post_layernorm
     first, second = (None, None) if carried else ("input_layernorm", "post_attention_layernorm")

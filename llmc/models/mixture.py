@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .adapter import Subset
+from .adapter import Space, Subset
 from .experts import LinearExperts
 
 
@@ -43,17 +43,7 @@ def mixture_subsets(
     gated = [f"{path}.{index}" for index in range(experts)] + ([shared] if shared else [])
     first = tuple(f"{name}.{leaf}" for name in gated for leaf in ("gate_proj", "up_proj"))
     pairs = tuple((f"{name}.gate_proj", f"{name}.up_proj") for name in gated)
-    last = [
-        Subset(
-            tuple(f"{path}.{index}.down_proj" for index in range(experts)),
-            f"{path}.*.up_proj" if up_passes else None,
-            f"{path}.*.down_proj",
-            reads="ffn",
-            writes="residual",
-            fused=tuple((f"{path}.{index}.down_proj",) for index in range(experts)),
-            experts=path,
-        )
-    ]
+    last = [last_linears(path, experts, "up_proj" if up_passes else None)]
     if shared:
         down = f"{shared}.down_proj"
         own = Subset((down,), f"{shared}.up_proj", down, reads="ffn", writes="residual")
@@ -62,6 +52,15 @@ def mixture_subsets(
         Subset(first, prev, mlp, writes="ffn", also=also, offset=offset, fused=pairs, experts=path),
         *last,
     )
+
+
+def last_linears(path: str, experts: int, prev: str | None, writes: Space | None = "residual") -> Subset:
+    """The last Linears of the experts that the module ``path`` holds; ``prev`` is the one of each that absorbs a scale
+    of its own expert's input."""
+    names = tuple(f"{path}.{index}.down_proj" for index in range(experts))
+    absorber = None if prev is None else f"{path}.*.{prev}"
+    apart = tuple((name,) for name in names)
+    return Subset(names, absorber, f"{path}.*.down_proj", "ffn", writes, fused=apart, experts=path)
 
 
 def split(subset: Subset) -> tuple[Subset, ...]:

@@ -18,7 +18,8 @@ _OUTPUT = "linear_attn.out_proj"
 
 
 def subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, ...]:
-    """The norm in front of a linear attention's output has one weight for all heads, which can't absorb a scale."""
+    """The norm in front of a linear attention's output has one weight for all heads, which can't absorb a scale.
+    Backends run the two Linears in front of it one by one, which running the model's code doesn't show."""
     linear = (
         Subset(_INPUTS, "input_layernorm", "linear_attn", writes="inner", offset=1.0, fused=_APART),
         Subset((_OUTPUT,), None, _OUTPUT, reads="inner", writes="residual"),

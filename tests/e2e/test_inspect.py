@@ -56,7 +56,7 @@ def test_what_was_discovered_is_shown_with_what_cannot_be_done(
     shown = capsys.readouterr().out
     words = " ".join(shown.split())
     assert "none declared" in words and "blocks 0-1 (BloomBlock, 12,704 parameters each)" in words
-    assert "self_attention.query_key_value 96 x 32 residual > heads input_layernorm itself" in words
+    assert "self_attention.query_key_value 96 x 32 residual > heads input_layernorm self_attention" in words
     assert "rows 16-23, 40-47, ..." in words
     assert "mlp.dense_4h_to_h: nothing can absorb a scale: mlp.dense_h_to_4h: something stands between" in words
     assert "rotation (QuaRot):" in words and "quantized KV cache:" in words
@@ -110,7 +110,7 @@ def test_a_model_that_a_pass_over_blocks_cannot_run_is_shown_with_the_reason(
 @pytest.mark.parametrize(
     ("model_type", "values", "says"),
     [
-        ("t5", {"d_model": 32, "num_layers": 2}, "'t5' is an encoder-decoder"),
+        ("t5", {"d_model": 32, "num_layers": 2}, "is an encoder-decoder (t5)"),
         ("vit", {}, "can't make a causal language model of this config.json"),
     ],
 )

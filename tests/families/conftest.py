@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-# Texts, tokenizers, runs and exact arithmetic, which other tests have.
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("e2e", "models")]
+# Texts, tokenizers, runs, exact arithmetic and mixtures, which other tests have.
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("e2e", "models", "mixtures")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

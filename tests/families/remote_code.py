@@ -351,12 +351,23 @@ class QWenAttention(nn.Module):
         return self.c_proj(attend(query, key, value, angles))
 
 
+class QWenMLP(nn.Module):
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__()
+        hidden, width, bias = config.hidden_size, config.intermediate_size // 2, not config.no_bias
+        self.w1, self.w2 = nn.Linear(hidden, width, bias=bias), nn.Linear(hidden, width, bias=bias)
+        self.c_proj = nn.Linear(width, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.w1(x) * nn.functional.silu(self.w2(x))
+        return self.c_proj(product)
+
+
 class QWenBlock(nn.Module):
     def __init__(self, config: QWenConfig) -> None:
         super().__init__()
         self.ln_1, self.attn = RMSNorm(config.hidden_size), QWenAttention(config)
-        self.ln_2, names = RMSNorm(config.hidden_size), ("w2", "w1", "c_proj")
-        self.mlp = Gated(names, config.hidden_size, config.intermediate_size // 2, bias=not config.no_bias)
+        self.ln_2, self.mlp = RMSNorm(config.hidden_size), QWenMLP(config)
 
     def forward(self, hidden_states: Tensor, layer_past=None, rotary_pos_emb=None, head_mask=None) -> tuple[Tensor]:
         hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), rotary_pos_emb)

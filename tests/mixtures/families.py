@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
     MixtralConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
@@ -43,6 +45,16 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "deepseek-v2": DeepseekV2Config(**LATENT, q_lora_rank=None, topk_method="greedy"),
     "deepseek-v3": DeepseekV3Config(**LATENT, q_lora_rank=32, n_group=2, topk_group=1),
+    "gpt-oss": GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+    "llama4-moe": Llama4TextConfig(
+        **COMMON,
+        intermediate_size_mlp=128,
+        head_dim=16,
+        num_local_experts=4,
+        moe_layers=[1],
+        no_rope_layers=[1, 0],
+        attention_chunk_size=8,
+    ),
 }
 
 

@@ -18,6 +18,8 @@ from .exact import Exact, fill
 SHORT, LONG = (64, 1), (2, 6)
 _REMEDY = "write an adapter: docs/adding.md says how"
 _LARGE = 2**22
+_WRAPS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,), lambda h: (h, None))
+_COUNTS = ("num_hidden_layers", "num_layers")  # ChatGLM's own code says the latter
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ def find_blocks(model: nn.Module, config: Any) -> Found:
     Raises:
         ModelError: there is none, or the model's code doesn't run.
     """
-    count = getattr(config, "num_hidden_layers", None)
+    count = next((n for name in _COUNTS if (n := getattr(config, name, None)) is not None), None)
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise ModelError(
             f"no blocks were found in {type(model).__name__}: it has no list of {count} modules, as many as "
-            "num_hidden_layers says",
+            "its configuration says",
             _REMEDY,
         )
     failure: Exception | None = None
@@ -123,13 +125,13 @@ def _dry_run(
     model: nn.Module, path: str, blocks: nn.ModuleList, outside: Mapping[str, nn.Module], tokens: Tensor
 ) -> _DryRun:
     """Run the model's own code with blocks that return their input: as it is, or, for models that want that, as the
-    first of a tuple."""
+    first of a tuple of one or two."""
     whole: _DryRun | None = None
     ended, failure = False, None
-    for wrapped in (False, True):
+    for wrap in _WRAPS:
         run = _DryRun()
         try:
-            with _stand_ins(run, blocks, outside, wrapped), Exact():
+            with _stand_ins(run, blocks, outside, wrap), Exact():
                 model(input_ids=tokens, use_cache=False)
         except Exception as problem:  # a model's own code may fail in any way; which way is told below
             failure = failure or problem
@@ -162,13 +164,15 @@ def _between(run: _DryRun) -> str | None:
 
 
 @contextmanager
-def _stand_ins(run: _DryRun, blocks: nn.ModuleList, outside: Mapping[str, nn.Module], wrapped: bool) -> Iterator[None]:
+def _stand_ins(
+    run: _DryRun, blocks: nn.ModuleList, outside: Mapping[str, nn.Module], wrap: Callable[[Tensor], Any]
+) -> Iterator[None]:
     def stand_in(index: int) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             run.order.append(index)
             run.hidden.append(hidden_states)
             run.calls.append(BlockCall(args, kwargs))
-            return (hidden_states,) if wrapped else hidden_states
+            return wrap(hidden_states)
 
         return forward
 

@@ -115,3 +115,18 @@ def scaled_norm(norm: nn.Module, factors: Tensor, offset: float) -> Iterator[Non
             if name in ("weight", "bias") and parameter is not None:
                 parameter.copy_((parameter + added) * factors - added)
         yield
+
+
+@contextmanager
+def scaled_inputs(modules: Sequence[nn.Module], factors: Tensor) -> Iterator[None]:
+    """Within the context what the modules read, ``[.., n]``, is multiplied by ``factors`` ``[n]``."""
+
+    def hook(module: nn.Module, args: Any) -> Any:
+        return (args[0] * factors, *args[1:])
+
+    hooks = [module.register_forward_pre_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()

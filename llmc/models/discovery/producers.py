@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapter import Heads, Subset
 from ..fold import fold_scale, scale_rule
 from .calls import LONG, SHORT
-from .exact import own_weights, scaled_norm
+from .exact import own_weights, scaled_inputs, scaled_norm
 from .readers import Group
 from .trial import Run, Seen, Trial, held, working_parts
 
@@ -60,7 +60,7 @@ def find_producers(trial: Trial, run: Run, groups: Sequence[Group], opaque: Coll
         wanted = {
             index: group
             for index, group in enumerate(groups)
-            if index not in found and order.index(candidate) < order.index(group.linears[0])
+            if index not in found and order.index(candidate) < order.index(group.reader)
         }
         if wanted and _can_scale(run.seen[candidate]):
             with held(run, working, {}):
@@ -88,9 +88,9 @@ def _made_by(
             break
         output = run.seen[candidate].outputs[0]
         with scaled_norm(module, scales, offset) if norm else held(run, [candidate], {candidate: output * scales}):
-            changed = trial.run(SHORT, [group.linears[0] for group in left.values()])
+            changed = trial.run(SHORT, [group.reader for group in left.values()])
         for index, group in left.items():
-            row_of = _rows_behind(run.input_of(group.linears[0]), changed.input_of(group.linears[0]), rows)
+            row_of = _rows_behind(run.input_of(group.reader), changed.input_of(group.reader), rows)
             if row_of is not None:
                 found[index] = Producer(candidate, row_of, offset)
     return found
@@ -171,17 +171,24 @@ def _weight(module: nn.Module) -> Tensor:
 
 def fold_problem(trial: Trial, subset: Subset, heads: Heads, before: Tensor) -> str | None:
     """Why folding a random scale into ``prev`` doesn't leave the block's output ``before``, on ``LONG``, as it was;
-    None: it does."""
+    None: it does.
+
+    The first Linears of a mixture's experts get a scaled input, which is the same as scaled columns: copies of all
+    their weights would take much memory.
+    """
     prev = trial.block.get_submodule(str(subset.prev))
-    readers = [trial.block.get_submodule(name) for name in (*subset.linears, *subset.also)]
-    columns = len(_weight(readers[0])[0])
+    names = (*subset.linears, *subset.also)
+    routed = [name for name in names if subset.experts is not None and name.startswith(f"{subset.experts}.")]
+    readers = [trial.block.get_submodule(name) for name in names if name not in routed]
+    columns = _weight(trial.block.get_submodule(names[0])).shape[1]
     rule = scale_rule(subset, prev, columns, heads, allow_gqa=True)
     if rule is None:
         return f"the rows of {subset.prev} don't fit the attention's heads"
     generator = torch.Generator().manual_seed(2)
-    scale = torch.exp2(torch.rand(columns, generator=generator, dtype=torch.float64) * 2 - 1)
-    with own_weights([prev, *readers]):
-        fold_scale(prev, readers, rule.tie(scale), rule, torch.float64)
+    scale = rule.tie(torch.exp2(torch.rand(columns, generator=generator, dtype=torch.float64) * 2 - 1))
+    experts = [trial.block.get_submodule(name) for name in routed]
+    with own_weights([prev, *readers]), scaled_inputs(experts, scale):
+        fold_scale(prev, readers, scale, rule, torch.float64)
         after = trial.output(LONG)
     if (after - before).abs().max() <= _PRESERVED * before.abs().max():
         return None

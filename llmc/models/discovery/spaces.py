@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Space
+from ..experts import StackedExperts
 from .calls import LONG
 from .producers import Producer
 from .readers import Group
@@ -28,6 +29,14 @@ class Spaces:
 
 
 @dataclass(frozen=True)
+class Map:
+    """The spaces of all groups, and that which each mixture's experts write, by their module."""
+
+    groups: tuple[Spaces, ...]
+    experts: Mapping[str, Space | None]
+
+
+@dataclass(frozen=True)
 class _Touch:
     """What a change of one Linear's output reaches while all other Linears' outputs stay as they were.
 
@@ -44,8 +53,8 @@ class _Touch:
 
 def find_spaces(
     trial: Trial, run: Run, groups: Sequence[Group], producers: Mapping[int, Producer], opaque: Collection[str]
-) -> list[Spaces]:
-    """The spaces of each group.
+) -> Map:
+    """The spaces of each group, and of what experts write.
 
     Args:
         trial: the block.
@@ -56,7 +65,7 @@ def find_spaces(
     """
     working = working_parts(run, opaque)
     residual = _reading_residual(trial, run, groups, producers, working)
-    touches = {name: _touch(trial, run, groups, name, working) for group in groups for name in group.linears}
+    touches = {name: _touch(trial, run, groups, name, working) for group in groups for name in group.parts}
     inner = {index for index in range(len(groups)) if index not in residual}
     mixed = {index for touch in touches.values() for index in touch.mixed}
 
@@ -67,14 +76,17 @@ def find_spaces(
         linear = producer is not None and isinstance(trial.block.get_submodule(producer.name), nn.Linear)
         if index in mixed:
             return "heads" if linear else "inner"
-        onward = any(inner & touches[name].groups for name in groups[index].linears)
+        onward = any(inner & touches[name].groups for name in groups[index].parts)
         return "inner" if onward or (producer is not None and not linear) else "ffn"
 
     found = {index: reads(index) for index in range(len(groups))}
 
     def writes(group: Group) -> Space | None:
         spaces: set[Space] = set()
-        for name in group.linears:
+        for name in group.parts:
+            if run.seen[name].routed:
+                spaces.add("ffn")  # of the experts' last Linears
+                continue
             spaces |= {found[index] for index in inner & touches[name].groups}
             spaces |= {"residual"} if touches[name].residual else set()
         return None if not spaces else spaces.pop() if len(spaces) == 1 else "inner"
@@ -82,25 +94,30 @@ def find_spaces(
     def sources(index: int) -> tuple[str, ...]:
         return tuple(name for name, touch in touches.items() if index in inner & touch.groups)
 
-    return [Spaces(found[index], writes(group), sources(index)) for index, group in enumerate(groups)]
+    def of_experts(touch: _Touch) -> Space | None:
+        return "inner" if inner & touch.groups else "residual" if touch.residual else None
+
+    spaces = tuple(Spaces(found[index], writes(group), sources(index)) for index, group in enumerate(groups))
+    return Map(spaces, {name: of_experts(touch) for name, touch in touches.items() if run.seen[name].routed})
 
 
 def _touch(trial: Trial, run: Run, groups: Sequence[Group], name: str, working: Sequence[str]) -> _Touch:
     """Change a Linear's output at every token but the last."""
-    output = run.seen[name].outputs[0]
+    output, module = run.seen[name].outputs[0], run.seen[name].module
     shape = (*LONG, output.shape[-1])
-    if output.numel() != output.shape[-1] * LONG[0] * LONG[1]:
+    copies = module.count if isinstance(module, StackedExperts) else 1
+    if output.numel() != copies * output.shape[-1] * LONG[0] * LONG[1]:
         return _Touch(frozenset(), frozenset(), residual=False)  # it sees only some of the tokens
     generator = torch.Generator().manual_seed(3)
     delta = torch.randn(shape, generator=generator, dtype=torch.float64)
     delta[:, -1] = 0
-    with held(run, working, {name: output + delta.view_as(output)}):
-        changed = trial.run(LONG, [group.linears[0] for group in groups])
+    with held(run, working, {name: output + delta.expand(copies, *shape).reshape(output.shape)}):
+        changed = trial.run(LONG, [group.reader for group in groups])
     touched, mixed = set(), set()
     for index, group in enumerate(groups):
-        if group.linears[0] == name or name in group.linears:
+        if name in group.parts:
             continue
-        before, after = (one.input_of(group.linears[0]) for one in (run, changed))
+        before, after = (one.input_of(group.reader) for one in (run, changed))
         if not _near(before, after):
             touched.add(index)
             by_token = [part.reshape(*LONG, -1)[:, -1] for part in (before, after)]
@@ -135,7 +152,7 @@ def _reading_residual(
     found = set()
     for index, group in enumerate(groups):
         producer = producers.get(index)
-        tensor = silent.input_of(group.linears[0])
+        tensor = silent.input_of(group.reader)
         if producer is not None and not isinstance(trial.block.get_submodule(producer.name), nn.Linear):
             tensor = silent.input_of(producer.name)
         if tensor.numel() == trial.inputs[LONG].numel() and _affine(tensor.reshape(*LONG, -1), trial.inputs[LONG]):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ModelError
+from ..experts import LinearExperts
 from .calls import BlockCall, same_values
 from .exact import Exact
 
@@ -39,6 +40,11 @@ class Seen:
         return isinstance(self.module, nn.Linear) and self.single
 
     @property
+    def routed(self) -> bool:
+        """Whether it's a mixture's experts, which were called once."""
+        return isinstance(self.module, LinearExperts) and self.single
+
+    @property
     def single(self) -> bool:
         """Whether it was called once and gave one tensor."""
         return self.plain and len(self.outputs) == 1
@@ -56,9 +62,9 @@ class Run:
     output: Tensor
     seen: Mapping[str, Seen]
 
-    def input_of(self, linear: str) -> Tensor:
-        """What a Linear read."""
-        return self.seen[linear].inputs[0][0][1]
+    def input_of(self, part: str) -> Tensor:
+        """What a module read first."""
+        return self.seen[part].inputs[0][0][1]
 
 
 class Trial:
@@ -77,8 +83,10 @@ class Trial:
         self.parts = {
             name: part
             for name, part in block.named_modules()
-            if any(parameter is not None for parameter in part._parameters.values())
+            if isinstance(part, LinearExperts) or any(value is not None for value in part._parameters.values())
         }
+        for path in [name for name, part in self.parts.items() if isinstance(part, LinearExperts)]:
+            self.parts = {name: part for name, part in self.parts.items() if not name.startswith(f"{path}.")}
 
     @torch.no_grad()
     def output(self, shape: tuple[int, int]) -> Tensor:
@@ -108,7 +116,8 @@ class Trial:
         return hidden
 
     def run(self, shape: tuple[int, int], modules: Sequence[str] | None = None) -> Run:
-        """Run the block and note the calls of its parts that own parameters, or of these modules."""
+        """Run the block and note the calls of its parts that own parameters, or of these modules. A mixture's experts,
+        of which each sees some of the tokens, are one part."""
         parts = self.parts if modules is None else {name: self.block.get_submodule(name) for name in modules}
         seen: dict[str, Seen] = {}
         alive: list[Tensor] = []  # while the block runs, so that no two tensors share an address
@@ -141,8 +150,8 @@ class Trial:
 
 
 def working_parts(run: Run, opaque: Collection[str]) -> list[str]:
-    """The Linears of a block, and the modules that do Linears' work without being any."""
-    return [name for name, seen in run.seen.items() if seen.linear or (name in opaque and seen.single)]
+    """The Linears of a block, its experts, and the modules that do Linears' work without being any."""
+    return [name for name, seen in run.seen.items() if seen.linear or seen.routed or (name in opaque and seen.single)]
 
 
 @contextmanager
