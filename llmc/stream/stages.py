@@ -330,8 +330,12 @@ class _Replayed:
 def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bool) -> None:
     """Statistics of all subsets from one forward of the unchanged block, then solve them all: no held activations.
 
-    For quantizers that don't ask for sequential calibration and inspect no module.
+    For quantizers that don't ask for sequential calibration and inspect no module. Where the statistics of so many
+    experts wouldn't fit together, see ``_run_backwards``.
     """
+    if any(len(stage.experts) > stage.together for stage in stages):
+        _run_backwards(run, stages, solve, keep=keep)
+        return
     parts = [[_begin(stage) for _ in stage.experts or (0,)] for stage in stages]
     pooled = [_begin(stage) if stage.experts else None for stage in stages]
     counts = [[0] * len(one) for one in parts]
@@ -379,3 +383,16 @@ def run_together(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: 
         )
         parts[index].clear()
         pooled[index] = None
+
+
+def _run_backwards(run: BlockRun, stages: Sequence[Stage], solve: Solve, *, keep: bool) -> None:
+    """The same by forwards of its own for each group of parts, the last stage first: what is in front of a stage is
+    still unchanged when it's observed."""
+    outputs = [run.forward(batch).cpu() for batch in range(len(run.inputs))] if keep else []
+    for index in reversed(range(len(stages))):
+        calls = HeldCalls(stages[index].inspect or run.block)
+        for observed in observations(stages[index], _Replayed(run, stages[index], calls), calls):
+            solve(index, observed)
+            observed.clear()
+    for batch, output in enumerate(outputs):
+        run.inputs.store(batch, output)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import Tiny
 from torch import Tensor
 
-import llmc.stream.blockwork
+import llmc.stream.block_subsets
 from llmc.algorithms import SubsetView
 from llmc.algorithms.gptq import GPTQ
 from llmc.algorithms.stats import Gram
@@ -52,7 +52,7 @@ def calibration_tokens(case: Case) -> Tensor:
     from llmc.config import load_config
     from llmc.prepare import prepare
 
-    return torch.cat(prepare(load_config(case.content, (), options_types())).calib)
+    return torch.cat([batch.tokens for batch in prepare(load_config(case.content, (), options_types())).calib])
 
 
 @torch.no_grad()
@@ -122,11 +122,13 @@ def test_staged_and_replayed_write_the_same_bytes(case, family, method):
     assert written["routed"][0] != written["all_tokens"][0]
 
 
+@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("moe", ["routed", "all_tokens"])
-def test_how_many_experts_are_solved_at_a_time_changes_nothing(case, monkeypatch, moe):
-    runs = [case("qwen2-moe", "GPTQ", calib={"moe": moe}, eval={"eval_pos": []}) for _ in range(2)]
+def test_how_many_experts_are_solved_at_a_time_changes_nothing(case, monkeypatch, moe, sequential):
+    quant = {"special": {"true_sequential": sequential}}
+    runs = [case("qwen2-moe", "GPTQ", calib={"moe": moe}, quant=quant, eval={"eval_pos": []}) for _ in range(2)]
     runs[0].compress()
-    monkeypatch.setattr(llmc.stream.blockwork, "_TOGETHER", 1)
+    monkeypatch.setattr(llmc.stream.block_subsets, "_TOGETHER", 1)
     runs[1].compress()
     assert runs[0].written() == runs[1].written()
 
@@ -283,9 +285,10 @@ def test_every_method_copes_with_an_expert_without_tokens(case, shy, method, cha
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("moe", ["routed", "all_tokens"])
-def test_gram_matrices_do_not_pile_up_with_the_number_of_experts(case, tmp_path, monkeypatch, moe):
-    """A sequential method's: those that are solved together, and the one of all experts' tokens."""
+def test_gram_matrices_do_not_pile_up_with_the_number_of_experts(case, tmp_path, monkeypatch, moe, sequential):
+    """Those that are solved together, and the one of all experts' tokens."""
     from cases import write_tokenizer
     from families import COMMON
     from tiny import write_checkpoint
@@ -301,12 +304,13 @@ def test_gram_matrices_do_not_pile_up_with_the_number_of_experts(case, tmp_path,
         peaks[experts] = max(peaks.get(experts, 0), sum(one**2 for one in alive))
 
     monkeypatch.setattr(Gram, "__init__", begin)
-    monkeypatch.setattr(llmc.stream.blockwork, "_TOGETHER", 2 * 4 * 96**2)
+    monkeypatch.setattr(llmc.stream.block_subsets, "_TOGETHER", 2 * 4 * 96**2)
     for experts in (4, 16):
         folder = tmp_path / f"with-{experts}"
         write_checkpoint(MixtralConfig(**COMMON, num_local_experts=experts, num_experts_per_tok=2), folder)
         write_tokenizer(folder)
-        case(folder, "GPTQ", calib={"moe": moe, "moe_min_tokens": 1000}, eval={"eval_pos": []}).compress()
+        quant = {"special": {"true_sequential": sequential}}
+        case(folder, "GPTQ", calib={"moe": moe, "moe_min_tokens": 1000}, quant=quant, eval={"eval_pos": []}).compress()
         gc.collect()
         assert not alive
     assert peaks[4] == peaks[16] == 3 * 96**2
