@@ -202,8 +202,7 @@ class BlockWork:
         return self._behind
 
     def _check_all_quantized(self) -> None:
-        names = [name for subset in self.subsets for name in subset.linears]
-        left = [name for name in names if self._own.scheme_of(name).weight is not None and name not in self.quantized]
+        left = [name for name in self._to_quantize() if name not in self.quantized]
         if left:
             raise ValueError(f"{self.prefix}.{left[0]} has a grid and wasn't quantized")
 
@@ -372,14 +371,15 @@ class BlockWork:
 
     def _store_plain(self) -> None:
         """Round what won't be quantized to its stored dtype, so that the model goes on with what is written."""
+        rounded = {f"{name}.weight" for name in self._to_quantize()}
         for name, parameter in self.weights.parameters():
-            owner = name.rpartition(".")[0]
-            if (
-                self._own.scheme_of(owner).weight is None
-                or not name.endswith(".weight")
-                or not isinstance(self.block.get_submodule(owner), nn.Linear)
-            ):
+            if name not in rounded:
                 parameter.data.copy_(parameter.data.to(self.weights.dtype(name)))
+
+    def _to_quantize(self) -> list[str]:
+        """The Linears with a grid. Those in no subset, such as the gate of a shared expert, have none."""
+        names = (name for subset in self.subsets for name in subset.linears)
+        return [name for name in names if self._own.scheme_of(name).weight is not None]
 
     # --- results -----------------------------------------------------------------------------------------------------
 

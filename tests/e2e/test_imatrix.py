@@ -65,7 +65,8 @@ def observed(folder: Path, batches: list[Tensor]) -> dict[str, Tensor]:
 def test_it_holds_the_squares_of_the_transformed_models_inputs(case, pieced, method, saved, tolerance):
     run = case(pieced("llama"), method, save=saved, eval={"eval_pos": []})
     run.compress()
-    batches = prepare(load_config(run.content, ("save.on_existing=overwrite",), options_types())).calib
+    prepared = prepare(load_config(run.content, ("save.on_existing=overwrite",), options_types()))
+    batches = [batch.tokens for batch in prepared.calib]
     tensors, fields = read(run)
     expected = observed(run.save_path / "transformed_model", batches)
     assert len(tensors) == 2 * 7 * 4
