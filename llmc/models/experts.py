@@ -4,7 +4,7 @@ could read one by one."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,6 +204,18 @@ def _activation(fused: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda gate, up: act(gate) * up
     apply_gate = fused._apply_gate  # of an interleaved pair (gpt-oss)
     return lambda gate, up: apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
+
+
+@contextmanager
+def working_on(block: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context the weights of those modules that are experts' are where the tokens are, and may change."""
+    wanted = list(modules)
+    with ExitStack() as stack:
+        for experts in block.modules():
+            if isinstance(experts, LinearExperts):
+                own = set(experts.modules())
+                stack.enter_context(experts.work_on([module for module in wanted if module in own]))
+        yield
 
 
 def linearize_experts(model: nn.Module) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from ..algorithms import (
     treat_unseen,
 )
 from ..models import Heads, Subset, fold_scale, fold_shift
-from ..models.experts import LinearExperts
+from ..models.experts import LinearExperts, working_on
 from ..quant import (
     InputRange,
     InputSquares,
@@ -185,7 +185,7 @@ class BlockWork:
         if step.algorithm.kind == "quantizer":
             run = compressed if step.needs.compressed_stream else original
             if step.algorithm.learns and not (run is not None and run.left_out):
-                with self._working_on(self.block.modules()):
+                with working_on(self.block, self.block.modules()):
                     self._learn(step, run, original)
                 self._phase(step, None, keep=False)
                 self._check_all_quantized()
@@ -238,7 +238,7 @@ class BlockWork:
             ]
             linears = [linear for view in own for linear in view.linears.values()]
             # A search makes many small copies, again and again; others a few large ones, once.
-            with nullcontext() if searching else unheaped(), self._working_on(linears):
+            with nullcontext() if searching else unheaped(), working_on(self.block, linears):
                 if unseen:
                     for view in own:
                         treat_unseen(step.algorithm, view)
@@ -310,17 +310,6 @@ class BlockWork:
             return run_together
         return run_replayed if self.context.forward == "replay" else run_staged
 
-    @contextmanager
-    def _working_on(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Within the context the weights of those modules that are experts' are on the device, and may change."""
-        wanted = list(modules)
-        with ExitStack() as stack:
-            for experts in self.block.modules():
-                if isinstance(experts, LinearExperts):
-                    own = set(experts.modules())
-                    stack.enter_context(experts.work_on([module for module in wanted if module in own]))
-            yield
-
     def _accept(self, view: SubsetView) -> None:
         """Take over a subset's results. Compressed weights go live at once: a waiting batch goes on with them.
 
@@ -363,7 +352,7 @@ class BlockWork:
         scale, rule = view.scale
         linears, prev = list(view.linears.values()), view.subset.prev
         readers = [*linears, *map(self.block.get_submodule, view.subset.also)]
-        with self._working_on([view.prev, *readers]):
+        with working_on(self.block, [view.prev, *readers]):
             if view.shift is not None:
                 fold_shift(view.prev, linears, view.shift, self.weights.dtype(f"{prev}.bias"))
             fold_scale(view.prev, readers, scale, rule, self.weights.dtype(f"{prev}.weight"))

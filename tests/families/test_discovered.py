@@ -23,6 +23,7 @@ from llmc.stream.skeleton import empty_model
 CONFIGS: dict[str, PretrainedConfig] = {
     **family_configs.CONFIGS,
     **families.CONFIGS,
+    **families.FUSED,
     "gpt2": exact.CONFIGS["gpt2"],
 }
 UNKNOWABLE = {"orderable"}  # whether channels may change places, discovery doesn't try

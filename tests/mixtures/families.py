@@ -45,6 +45,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "deepseek-v2": DeepseekV2Config(**LATENT, q_lora_rank=None, topk_method="greedy"),
     "deepseek-v3": DeepseekV3Config(**LATENT, q_lora_rank=32, n_group=2, topk_group=1),
+}
+
+FUSED: dict[str, PretrainedConfig] = {
     "gpt-oss": GptOssConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, head_dim=16),
     "llama4-moe": Llama4TextConfig(
         **COMMON,
@@ -56,6 +59,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         attention_chunk_size=8,
     ),
 }
+"""Those whose checkpoints hold the matrices of all experts in one tensor."""
 
 
 def fused_experts(model: nn.Module) -> dict[str, Any]:
