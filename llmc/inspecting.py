@@ -189,7 +189,7 @@ def differ(subsets: Sequence[Subset], facts: BlockFacts) -> list[str]:
     lines = []
     for one in subsets:
         other = named.pop(one.linears, None)
-        name = ", ".join(one.linears)
+        name = one.key.replace("+", ", ")
         if other is None:
             lines.append(f"{name}: declared, but discovery doesn't find that they share an input")
             continue
@@ -200,7 +200,8 @@ def differ(subsets: Sequence[Subset], facts: BlockFacts) -> list[str]:
         if other.writes is None:
             del pairs["writes"]
         lines += [f"{name}: {field} declared {a!r}, discovered {b!r}" for field, (a, b) in pairs.items() if a != b]
-    return lines + [f"{', '.join(linears)}: discovered, but not declared" for linears in named]
+    left = [other.key.replace("+", ", ") for other in named.values()]
+    return lines + [f"{name}: discovered, but not declared" for name in left]
 
 
 def _refused(

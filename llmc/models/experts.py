@@ -58,13 +58,13 @@ class Port(nn.Module):
 
 
 class Expert(nn.Module):
-    """A gated feed-forward part: three Linears."""
+    """A gated feed-forward part: three Linears, with or without biases, of the device and dtype of ``like``."""
 
-    def __init__(self, hidden: int, inner: int, *, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, inner: int, *, bias: bool, like: Tensor) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias, device=like.device, dtype=like.dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias, device=like.device, dtype=like.dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias, device=like.device, dtype=like.dtype)
 
 
 class LinearExperts(nn.Module):
@@ -90,7 +90,7 @@ class LinearExperts(nn.Module):
         self.count = count
         self.all_tokens = False
         for expert in range(count):
-            self.add_module(str(expert), Expert(hidden, both // 2, bias=bias, dtype=fused.gate_up_proj.dtype))
+            self.add_module(str(expert), Expert(hidden, both // 2, bias=bias, like=fused.gate_up_proj))
         self.entrance, self.between = Port(), Port()
         self._activate: Callable[[Tensor, Tensor], Tensor]
         self.__dict__["_activate"] = _activation(fused)

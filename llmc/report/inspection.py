@@ -30,11 +30,30 @@ def show(inspection: Inspection, console: Console | None = None) -> None:
 
 def numbers(blocks: Sequence[int]) -> str:
     """``blocks 0-2, 4`` for 0, 1, 2 and 4."""
+    return f"block{'s' * (len(blocks) > 1)} {', '.join(_runs(blocks))}"
+
+
+def _runs(numbers: Sequence[int]) -> list[str]:
     runs = []
-    for _, run in groupby(enumerate(blocks), key=lambda pair: pair[1] - pair[0]):
-        members = [block for _, block in run]
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
         runs.append(str(members[0]) if len(members) == 1 else f"{members[0]}-{members[-1]}")
-    return f"block{'s' * (len(blocks) > 1)} {', '.join(runs)}"
+    return runs
+
+
+def lines_of(one: InspectedSubset) -> list[tuple[str, tuple[int, int]]]:
+    """Names and shapes of a subset's Linears; of experts ``mlp.experts.0-3.up_proj`` stands for the same one of each,
+    where it has the same shape."""
+    begin = f"{one.subset.experts}."
+    experts: dict[tuple[str, str, tuple[int, int]], list[int]] = {}
+    for name, shape in zip(one.subset.linears, one.shapes, strict=True):
+        routed = one.subset.experts is not None and name.startswith(begin)
+        number, _, leaf = name.removeprefix(begin).partition(".") if routed else ("", "", name)
+        experts.setdefault((begin if routed else "", leaf, shape), []).extend([int(number)] if routed else [])
+    return [
+        (f"{path}{','.join(_runs(members))}.{leaf}" if path else leaf, shape)
+        for (path, leaf, shape), members in experts.items()
+    ]
 
 
 def _facts(inspection: Inspection) -> Table:
@@ -75,7 +94,8 @@ def _show_group(rich: Console, group: BlockGroup) -> None:
     rich.print(Padding(table, (0, 0, 0, 2)))
     for one in group.subsets:
         if one.reason is not None:
-            _note(rich, f"{', '.join(one.subset.linears)}: nothing can absorb a scale: {one.reason}")
+            names = ", ".join(name for name, _ in lines_of(one))
+            _note(rich, f"{names}: nothing can absorb a scale: {one.reason}")
     for name, reason in group.loose:
         _note(rich, f"{name}: {reason}")
     for difference in group.differences:
@@ -85,9 +105,10 @@ def _show_group(rich: Console, group: BlockGroup) -> None:
 def _rows(one: InspectedSubset, transposed: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """A line for each Linear of a subset, and for what else reads its input; what holds for all is on the first."""
     subset = one.subset
-    seen = "itself" if (subset.inspect,) == subset.linears else subset.inspect or "the block"
+    itself = subset.inspect == subset.key
+    seen = "itself" if itself else subset.inspect or "the block"
     about: tuple[str, ...] = (f"{subset.reads} > {subset.writes or '?'}", _target(one), seen)
-    for name, (rows, columns) in zip(subset.linears, one.shapes, strict=True):
+    for name, (rows, columns) in lines_of(one):
         yield name + (" (Conv1D)" if name in transposed else ""), f"{rows} x {columns}", *about
         about = ("", "", "")
     for name in subset.also:

@@ -14,9 +14,9 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc.cli import main
-from llmc.inspecting import inspect_model
-from llmc.models import registry
-from llmc.report.inspection import numbers, show
+from llmc.inspecting import InspectedSubset, inspect_model
+from llmc.models import Subset, registry
+from llmc.report.inspection import lines_of, numbers, show
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 BLOOM = {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}
@@ -61,6 +61,27 @@ def test_what_was_discovered_is_shown_with_what_cannot_be_done(
     assert "mlp.dense_4h_to_h: nothing can absorb a scale: mlp.dense_h_to_4h: something stands between" in words
     assert "rotation (QuaRot):" in words and "quantized KV cache:" in words
     assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_the_experts_of_a_mixture_share_a_line(
+    config_of: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    assert main(["inspect", str(config_of("gpt_oss", **TINY, **shape, head_dim=8))]) == 0
+    shown = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "finds what was declared" in shown
+    assert "mlp.experts.0-3.gate_proj 48 x 32 residual > ffn post_attention_layernorm mlp" in lines
+    assert "mlp.experts.0-3.up_proj 48 x 32" in lines and "+ mlp.router kept" in lines
+    assert "mlp.experts.0-3.down_proj 32 x 48 ffn > residual - itself" in lines
+    assert any(line.startswith("mlp.experts.0-3.down_proj: nothing can absorb a scale") for line in lines)
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_experts_of_other_shapes_have_a_line_of_their_own() -> None:
+    names = ("e.0.up", "e.1.up", "e.2.up", "e.3.up", "shared.up")
+    subset = InspectedSubset(Subset(names, None, "", experts="e"), ((4, 8), (4, 8), (6, 8), (4, 8), (4, 8)), None)
+    assert lines_of(subset) == [("e.0-1,3.up", (4, 8)), ("e.2.up", (6, 8)), ("shared.up", (4, 8))]
 
 
 def test_a_wrong_declaration_is_noticed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ import families
 import family_configs
 import pytest
 import torch
+import transformers as t
 from torch import nn
 from transformers import PretrainedConfig
 
 from llmc.architecture import explore
 from llmc.models import ADAPTERS, BlockFacts, Discovery, Subset, declared, discover, experts
+from llmc.models.discovery import exact as exact_weights
 from llmc.models.discovery import readers
 from llmc.stream.skeleton import empty_model
 
@@ -164,6 +166,23 @@ def test_weighted_copies_are_known_by_what_was_copied():
     assert not readers._weighted(scores * tokens.flip(0), tokens)
     assert not readers._weighted(scores * tokens * torch.arange(1, 9), tokens)
     assert not readers._weighted(scores * tokens, tokens[:4])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama4-moe"])
+def test_a_model_without_weights_takes_no_memory_for_its_experts(name):
+    """Nor does its discovery have to hold more than those of a block."""
+    parameters = model_of(name, torch.float64).parameters()
+    assert {(parameter.device.type, parameter.dtype) for parameter in parameters} == {("meta", torch.float64)}
+
+
+def test_wide_experts_show_the_same(monkeypatch):
+    """Their weights share values, some get no token."""
+    config = t.MixtralConfig(**{**families.COMMON, "num_local_experts": 16, "num_experts_per_tok": 1})
+    expected = explore(config, trust_remote_code=False).blocks
+    monkeypatch.setattr(exact_weights, "_OWN", 0)
+    found = explore(config, trust_remote_code=False).blocks
+    assert found == expected
+    assert [one.prev for one in found[0].subsets[2:]] == ["post_attention_layernorm", "mlp.experts.*.up_proj"]
 
 
 def test_experts_that_get_weighted_copies_are_among_those_compared():

@@ -77,6 +77,8 @@ class _Correlation:
     def __call__(self, inputs: Tensor) -> Tensor:
         if self._linear.weight is not self._weight:
             return nn.functional.linear(inputs, self._linear.weight, self._linear.bias)
+        if not inputs.numel():  # an expert without tokens; there is no FFT of nothing
+            return inputs.new_zeros(*inputs.shape[:-1], len(self._weight))
         product: Tensor = self._spectrum * torch.fft.rfft(inputs, self._length).conj()
         outputs: Tensor = torch.fft.irfft(product, self._length)[..., : len(self._weight)]
         if self._linear.bias is None:
