@@ -112,7 +112,7 @@ def test_llama_cpp_computes_every_architecture_as_transformers_does(kind, tmp_pa
     assert result.nll[0] == pytest.approx(expected, abs=5e-4)  # llama.cpp's cache is float16
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe", "gemma2", "gemma3_text", "phi3"])
 def test_llama_cpp_computes_runs_of_families_with_tensors_of_their_own(kind, tmp_path):
     config = copy.deepcopy(CONFIGS[kind])
     config.vocab_size = 208
