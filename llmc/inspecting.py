@@ -39,7 +39,6 @@ class BlockGroup:
         parameters: of each.
         subsets: of each.
         loose: why modules that do Linears' work are in no subset, by their names in the block.
-        transposed: Linears whose weight is stored ``[in, out]``.
         differences: between what was declared and what was discovered.
     """
 
@@ -48,7 +47,6 @@ class BlockGroup:
     parameters: int
     subsets: tuple[InspectedSubset, ...]
     loose: tuple[tuple[str, str], ...]
-    transposed: tuple[str, ...]
     differences: tuple[str, ...]
 
 
@@ -165,14 +163,14 @@ def _group(
     loose = tuple((facts.loose or {}).items())
     differences = tuple(differ(subsets, facts)) if compare else ()
     kind, size = type(block).__name__, _parameters(block)
-    return BlockGroup(tuple(numbers), kind, size, shown, loose, facts.transposed, differences)
+    return BlockGroup(tuple(numbers), kind, size, shown, loose, differences)
 
 
 def _shapes(block: nn.Module, subsets: Sequence[Subset]) -> tuple[tuple[tuple[int, int], ...], ...]:
     def shape(name: str) -> tuple[int, int]:
         module = block.get_submodule(name)
         rows, columns = module._parameters["weight"].shape  # type: ignore[union-attr]
-        return (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+        return rows, columns
 
     return tuple(tuple(shape(name) for name in subset.linears) for subset in subsets)
 

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from .adapter import Heads, ModelAdapter, Subset, heads_of
 from .discovery.calls import LONG, SHORT, BlockCall, Found, find_blocks
 from .discovery.exact import fill
-from .discovery.kinds import Fingerprint, fingerprint, straighten, transposed
+from .discovery.kinds import Fingerprint, fingerprint
 from .discovery.mixtures import subset_of_experts
 from .discovery.producers import Absorber, Producer, absorber_of, find_producers, fold_problem
 from .discovery.readers import Group, Readers, expert_counts, find_readers
@@ -37,7 +37,6 @@ class BlockFacts:
         subsets: in execution order.
         reasons: why nothing can absorb a scale of a subset's input, by the subset's key.
         loose: why Linears, or what does a Linear's work, are in no subset, by their names in the block.
-        transposed: Linears whose weight is stored ``[in, out]``.
         heads: geometry of the attention, if several heads share a value head.
         problem: why the block can't be run on its own; then nothing else is known.
     """
@@ -45,7 +44,6 @@ class BlockFacts:
     subsets: tuple[Subset, ...] = ()
     reasons: Mapping[str, str] | None = None
     loose: Mapping[str, str] | None = None
-    transposed: tuple[str, ...] = ()
     heads: Heads | None = None
     problem: str | None = None
 
@@ -142,7 +140,6 @@ class _Shown:
 @contextmanager
 def _trial(block: nn.Module, calls: Mapping[tuple[int, int], BlockCall], config: Any) -> Iterator[Trial]:
     """The block with random weights, which take little memory."""
-    straighten(block)
     fill(block, "block")
     try:
         yield Trial(block, calls, config.hidden_size)
@@ -164,10 +161,9 @@ def _alike(blocks: nn.ModuleList, numbers: Sequence[int], found: Found, config: 
 
 def _facts(block: nn.Module, calls: Mapping[tuple[int, int], BlockCall], config: Any) -> BlockFacts:
     """What one block shows."""
-    columns = transposed(block)
     try:
         with _trial(block, calls, config) as trial:
-            return replace(_verified(trial, expert_counts(config)), transposed=columns)
+            return _verified(trial, expert_counts(config))
     except ModelError as problem:
         return BlockFacts(problem=problem.message)
 

@@ -89,7 +89,7 @@ def _show_group(rich: Console, group: BlockGroup) -> None:
     for index in (0, 1, 2):
         table.columns[index].no_wrap = True
     for one in group.subsets:
-        for row in _rows(one, group.transposed):
+        for row in _rows(one):
             table.add_row(*map(escape, row))
     rich.print(Padding(table, (0, 0, 0, 2)))
     for one in group.subsets:
@@ -102,14 +102,14 @@ def _show_group(rich: Console, group: BlockGroup) -> None:
         _note(rich, difference, "DIFFERS ")
 
 
-def _rows(one: InspectedSubset, transposed: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _rows(one: InspectedSubset) -> Iterator[tuple[str, ...]]:
     """A line for each Linear of a subset, and for what else reads its input; what holds for all is on the first."""
     subset = one.subset
     itself = subset.inspect == subset.key
     seen = "itself" if itself else subset.inspect or "the block"
     about: tuple[str, ...] = (f"{subset.reads} > {subset.writes or '?'}", _target(one), seen)
     for name, (rows, columns) in lines_of(one):
-        yield name + (" (Conv1D)" if name in transposed else ""), f"{rows} x {columns}", *about
+        yield name, f"{rows} x {columns}", *about
         about = ("", "", "")
     for name in subset.also:
         yield f"+ {name}", "kept", "", "", ""

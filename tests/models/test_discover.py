@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from llmc.architecture import check_linears, explore
 from llmc.errors import ModelError
 from llmc.models import Discovery, Heads, Subset, declared, discover, heads_of
-from llmc.models.discovery import exact, kinds
+from llmc.models.discovery import exact
 from llmc.stream.skeleton import empty_model
 
 BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -362,20 +362,10 @@ def test_why_nothing_absorbs_a_scale_is_said():
     assert not facts.loose
 
 
-def test_linears_that_are_stored_transposed_are_named():
-    facts = found_in("gpt2", **GPT).blocks[0]
-    assert facts.transposed == ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-
-
-def test_a_block_with_linears_in_their_place_is_served_as_well():
+def test_a_block_that_was_not_discovered_is_refused():
     config = AutoConfig.for_model("gpt2", **GPT)
     adapter = explore(config, trust_remote_code=False).adapter()
     blocks = empty_model(config, torch.float32).get_submodule(adapter.blocks)
-    before = adapter.block_subsets(config, blocks)
-    for block in blocks:
-        kinds.straighten(block)
-    assert isinstance(blocks[0].attn.c_attn, nn.Linear) and blocks[0].attn.c_attn.weight.shape == (96, 32)
-    assert adapter.block_subsets(config, blocks) == before
     with pytest.raises(ModelError, match="isn't among those that were discovered"):
         adapter.subsets(config, blocks[0].attn)
 
