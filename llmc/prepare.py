@@ -144,7 +144,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
         calib = calibration(config, folder, tokenizer, skeleton) if recipe.needs_data else []
         evaluations = evaluations_of(config, tokenizer)
-        check_tokens(folder, len(skeleton.model.get_input_embeddings().weight), calib, evaluations)
+        check_tokens(folder, _vocabulary(skeleton), calib, evaluations)
     estimate = make_estimate(
         skeleton,
         checkpoint,
@@ -185,6 +185,13 @@ def experts_on_host(
     if config.base.experts != "auto" or device.type != "cuda":
         return config.base.experts == "host" and device.type != "cpu"
     return 2 * largest_block(skeleton, entries) > torch.cuda.mem_get_info(device)[0]
+
+
+def _vocabulary(skeleton: Skeleton) -> int:
+    """How many tokens the model has an embedding for; configurations of models that read images needn't say."""
+    if skeleton.images is None:
+        return int(skeleton.model.config.get_text_config().vocab_size)
+    return len(skeleton.model.get_input_embeddings().weight)
 
 
 def _declared_type(folder: Path) -> str:

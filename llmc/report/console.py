@@ -136,7 +136,7 @@ class Console:
                 **({"input": decoded} if decoded else {}),
                 "layers": "; ".join(f"{count} x {scheme}" for scheme, count in schemes.items()),
                 **({"dropped": f"{drop_blocks} blocks, which ones the run finds out"} if drop_blocks else {}),
-                "left alone": "embeddings, norms, head: they are never quantized or pruned",
+                "left alone": "embeddings, norms, routers, head: they are never quantized or pruned",
                 "exports": ", ".join(f"{e.name} (checked)" for e in exporters) or "none",
                 "read": human(estimate.read),
                 "disk": f"about {human(estimate.disk)}",

@@ -6,6 +6,7 @@ compare what it loads with ``from_pretrained``, tensor for tensor.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -35,6 +37,7 @@ from .configuration import check_config
 from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
+_LARGE = 2**26  # elements
 
 
 def block_unit(index: int) -> str:
@@ -194,7 +197,7 @@ def empty_model(
         )
     try:
         # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
-        with unheaped(), init_empty_weights(include_buffers=False):
+        with unheaped(), init_empty_weights(include_buffers=False), _LargeOnMeta():
             model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as problem:  # configurations and models of any family, each with errors of its own
         raise ModelError(
@@ -204,6 +207,19 @@ def empty_model(
     linearize(model)
     linearize_experts(model)
     return model.eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large tensors without memory. Of what a model's constructor makes, only parameters are so large and come
+    from these functions: the matrices of all experts of a block may be larger than the memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros) and options.get("device") is None:
+            shape = args[0] if args and isinstance(args[0], list | tuple) else args
+            if shape and math.prod(shape) > _LARGE:
+                options["device"] = "meta"
+        return func(*args, **options)
 
 
 def _first_line(problem: Exception) -> str:

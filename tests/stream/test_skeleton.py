@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -12,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import DeepseekV3Config
 
 from llmc.errors import CheckpointError, ModelError
 from llmc.stream.headers import INDEX_FILE
-from llmc.stream.skeleton import load_config
+from llmc.stream.skeleton import empty_model, load_config
 from llmc.stream.source import check_finite
 
 
@@ -192,3 +194,13 @@ def test_the_first_gpt2s_leave_out_the_prefix_and_keep_their_masks(checkpoint, t
     assert expected.keys() == loaded.keys()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
     assert loaded["transformer.h.0.mlp.c_fc.weight"].shape == (128, 64)
+
+
+def test_a_block_larger_than_the_memory_is_made_without_any():
+    """DeepSeek-V3's: 256 experts of 7168 x 2048."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = empty_model(DeepseekV3Config(num_hidden_layers=4), torch.float32)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 15e9
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # kB
