@@ -107,7 +107,7 @@ def anatomy(folder: Path, names: Collection[str] = ()) -> Anatomy:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)
-        with unheaped(), init_empty_weights(include_buffers=False):
+        with unheaped(), init_empty_weights(include_buffers=False), _LargeOnMeta():
             model: Any = auto_class(config).from_config(config)
     except Exception as problem:  # configurations and models of any family, each with errors of its own
         raise CheckpointError(
