@@ -10,7 +10,8 @@ from families import CONFIGS, expert_weights, fused_experts, linear_state
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmc.models.experts import LinearExperts, in_solving_order, split
+from llmc.models.experts import LinearExperts
+from llmc.models.mixture import in_solving_order, split
 
 EXPERTS, CHOSEN = 4, 2
 

@@ -25,7 +25,8 @@ from llmc.models import (
     rotate_head,
     scale_rule,
 )
-from llmc.models.experts import linearize_experts, split
+from llmc.models.experts import linearize_experts
+from llmc.models.mixture import split
 
 ROTATED = [name for name in CONFIGS if name != "qwen3-next"]
 

@@ -10,7 +10,7 @@ import torch
 from cases import write_tokenizer
 from families import FUSED
 from safetensors.torch import load_file
-from test_runs import logits, measured, perplexity, tensors_of, windows_of
+from test_mixture_runs import logits, measured, perplexity, tensors_of, windows_of
 from tiny import Tiny, recorded, write_checkpoint
 
 from llmc.verify import verify
