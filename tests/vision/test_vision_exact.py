@@ -121,5 +121,5 @@ def test_a_rotated_model_computes_what_it_did_of_an_image(name):
 
 
 def test_gemma_says_why_it_cannot_be_rotated():
-    with pytest.raises(ModelError, match="a norm behind each branch"):
+    with pytest.raises(ModelError, match="a norm stands behind each branch"):
         residual_of(find_adapter("auto", "gemma3"), CONFIGS["gemma3"].get_text_config(), ())

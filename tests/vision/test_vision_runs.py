@@ -285,7 +285,7 @@ W8A8_STATIC = {"act": {"bit": 8, "symmetric": True, "granularity": "per_tensor",
     [
         ("llava", {"save": {"save_llamacpp": True, "save_vllm": False}}, ExportError, "save_llamacpp stores a"),
         ("llava", {"save": {"save_sgl": True}}, ExportError, "save_sgl stores a language model alone"),
-        ("gemma3", {"quant": {"method": ["Quarot", "RTN"]}}, ModelError, "a norm behind each branch"),
+        ("gemma3", {"quant": {"method": ["Quarot", "RTN"]}}, ModelError, "a norm stands behind each branch"),
         ("mllama", {"quant": W8A8_STATIC}, ConfigError, "text never reaches the blocks of Mllama"),
         ("mllama", {"quant": {"kvcache": KV8}}, ModelError, "attend to the image"),
         ("qwen3_vl", {"sparse": DROP1}, ModelError, "can't be dropped"),
