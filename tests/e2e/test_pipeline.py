@@ -166,7 +166,7 @@ def test_a_dry_run_shows_every_layer_reads_no_weight_and_writes_nothing(case, ca
         "read",
         "disk",
         "host memory",
-        "embeddings, norms, head",
+        "embeddings, norms, routers, head",
     ):
         assert said in shown
     assert not run.save_path.exists()
