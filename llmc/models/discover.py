@@ -110,7 +110,8 @@ def discover(model: nn.Module, config: Any) -> Discovery:
     if found.problem is not None:
         return Discovery(found.path, found.head, (), {}, found.problem)
     blocks = model.get_submodule(found.path)
-    assert isinstance(blocks, nn.ModuleList)
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError(f"{found.path} is a {type(blocks).__name__}, not a list of blocks")
     members: dict[Fingerprint, list[int]] = {}
     for index, block in enumerate(blocks):
         members.setdefault(fingerprint(block), []).append(index)

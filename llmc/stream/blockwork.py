@@ -260,7 +260,8 @@ class BlockWork:
 
         if run is None or unseen:
             for position, unit in enumerate(units):
-                solve(position, [Observed(part, Statistics(), None) for part in range(len(unit.parts))])
+                for part in range(len(unit.parts)):  # experts on the host visit the device one at a time
+                    solve(position, [Observed(part, Statistics(), None)])
         else:
             stages = [self._own.stage(unit, step.algorithm, searching=searching) for unit in units]
             with ExitStack() as stack:

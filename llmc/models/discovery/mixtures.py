@@ -25,7 +25,8 @@ def subset_of_experts(trial: Trial, long: Run, path: str, writes: Space | None) 
         ModelError: none gets any.
     """
     experts = long.seen[path].module
-    assert isinstance(experts, LinearExperts)
+    if not isinstance(experts, LinearExperts):
+        raise TypeError(f"a {type(experts).__name__} isn't a layer of experts as Linears")
     busy = _busy(trial, experts)[:_TRIED]
     if not busy:
         raise ModelError(f"no token is routed to any expert of {path}", "it needs an adapter of its own")
