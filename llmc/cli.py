@@ -121,12 +121,10 @@ def inspect_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["export"]:
-        return _guarded(_export, export_parser().parse_args(given[1:]))
-    if given[:1] == ["verify"]:
-        return _guarded(_verify, verify_parser().parse_args(given[1:]))
-    if given[:1] == ["inspect"]:
-        return _guarded(_inspect, inspect_parser().parse_args(given[1:]))
+    name = given[0] if given else ""
+    if name in _COMMANDS:
+        make_parser, command = _COMMANDS[name]
+        return _guarded(command, make_parser().parse_args(given[1:]))
     return _guarded(_main, parser().parse_args(given))
 
 
@@ -195,3 +193,10 @@ def _inspect(given: Any) -> int:
 
     show(inspect_model(given.model, trust_remote_code=given.trust_remote_code))
     return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any], int]]] = {
+    "export": (export_parser, _export),
+    "verify": (verify_parser, _verify),
+    "inspect": (inspect_parser, _inspect),
+}
