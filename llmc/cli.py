@@ -32,6 +32,8 @@ further commands, each with a --help of its own:
       look whether a written or fetched folder is whole and holds what it should
   python -m llmc inspect ./my-model
       show the blocks and Linears of a model, what can be done to them, and what can't
+  python -m llmc check-data ./prompts.jsonl
+      look whether data of your own is what is expected, and what is in it
 
 An error in the configuration or the input ends with code 2 and one message that says what to do."""
 
@@ -48,6 +50,10 @@ _INSPECT = """\
 Show a model's blocks, the Linears that share an input, what can absorb a scale of it, and what can't be done and why.
 Needs only the model's config.json; no weight is read. Architectures that nobody declared are explored by running their
 own code on random weights; those that somebody did are compared with what that finds."""
+
+_CHECK_DATA = """\
+Look at a file of texts, prompts, chats or questions of your own, and say what it holds. Ends with 0 if every record is
+right, 1 if one isn't, and 2 if the file can't be read."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,6 +121,13 @@ def inspect_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m llmc inspect", description=_INSPECT)
     made.add_argument("model", metavar="MODEL", help="a model's folder, or a hub id, org/name or org/name@revision")
     made.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python files run")
+    return made
+
+
+def check_data_parser() -> argparse.ArgumentParser:
+    """The arguments of ``check-data``."""
+    made = argparse.ArgumentParser("python -m llmc check-data", description=_CHECK_DATA)
+    made.add_argument("file", type=Path, metavar="FILE", help=".jsonl, .json or .txt, or a folder with a samples.json")
     return made
 
 
@@ -195,8 +208,18 @@ def _inspect(given: Any) -> int:
     return 0
 
 
+def _check_data(given: Any) -> int:
+    from .data.records import check_records
+    from .report.console import Console
+
+    found = check_records(given.file)
+    Console().data(found)
+    return 1 if found.problems or not found.records else 0
+
+
 _COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any], int]]] = {
     "export": (export_parser, _export),
     "verify": (verify_parser, _verify),
     "inspect": (inspect_parser, _inspect),
+    "check-data": (check_data_parser, _check_data),
 }

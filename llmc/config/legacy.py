@@ -202,7 +202,7 @@ Preproc = Literal[
 ]  # fmt: skip
 EvalPosition = Literal["pretrain", "transformed", "fake_quant", "fake_quant_wo_kv"]
 EvalPositions = Annotated[tuple[EvalPosition, ...], BeforeValidator(listed)]
-EvalType = Literal["ppl", "acc", "vqa", "code", "generate_only", "token_acc", "decode_ppl"]
+EvalType = Literal["ppl", "acc", "vqa", "code", "generate_only", "token_acc", "decode_ppl", "lm_eval"]
 WeightGrain = Literal["per_tensor", "per_channel", "per_group", "per_head", "per_block", "per_cluster"]
 StreamGrain = Literal["per_tensor", "per_token", "per_group", "per_head", "per_cluster"]
 Pruner = Literal["Magnitude", "Wanda", "SparseGPT", "ShortGPT", "Dense", "TokenReduction"]

@@ -15,6 +15,7 @@ from rich.table import Table
 from .experts import collapsed, fallbacks
 
 if TYPE_CHECKING:
+    from ..data.records import Found
     from ..export import Exporter, Layer
     from ..exporting import Exported
     from ..plan import Estimate
@@ -218,6 +219,23 @@ class Console:
             self._rich.print(f"\n[bold yellow]can't be judged:[/] {escape(report.unjudged)}")
         else:
             self._rich.print("\n[bold green]clean[/]")
+
+    def data(self, found: Found) -> None:
+        """What a file of records holds, and each problem on a line of its own."""
+        for problem in found.problems[:_MOST_FINDINGS]:
+            self._rich.print(f"FOUND {problem}", markup=False)
+        if len(found.problems) > _MOST_FINDINGS:
+            self._rich.print(f"... and {len(found.problems) - _MOST_FINDINGS} more")
+        further = ", ".join(f"{name} ({count})" for name, count in sorted(found.further.items()))
+        self._facts(
+            {
+                "file": str(found.file),
+                "records": ", ".join(f"{count} {kind}" for kind, count in found.records.items()) or "none",
+                "text": f"{found.characters} characters",
+                **({"not read": further} if further else {}),
+                **({"wrong": f"{len(found.problems)} records"} if found.problems else {}),
+            }
+        )
 
     def _facts(self, facts: Mapping[str, str]) -> None:
         width = max(map(len, facts), default=0)
