@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
 from .errors import ConfigError, ExportError
 from .export import Exporter, Layer, Source, read_config
+from .jobs import Jobs, prepare_jobs
 from .models import (
     Heads,
     ModelAdapter,
@@ -67,6 +68,7 @@ class Prepared:
     warnings: list[str]
     estimate: Estimate
     frame: Frame | None
+    jobs: Jobs = field(default_factory=Jobs)
 
     @property
     def config(self) -> Config:
@@ -157,7 +159,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         changed_at_load=bool(recipe.at_load),
         surveyed=recipe.drop_blocks > 0,
     )
-    return Prepared(
+    prepared = Prepared(
         loaded,
         folder,
         checkpoint,
@@ -176,6 +178,10 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         estimate,
         frame,
     )
+    if not with_texts:
+        return prepared
+    jobs = prepare_jobs(prepared, tokenizer)
+    return replace(prepared, jobs=jobs, warnings=warnings + jobs.warnings)
 
 
 def experts_on_host(

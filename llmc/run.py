@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from . import __version__
 from .algorithms import options_types
 from .config import LoadedConfig, load_config
-from .errors import RunError
+from .errors import LlmcError, RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
 from .export import Exporter, Layer, Source, check_shard, read_config, with_own_head, without_quantization
 from .export.dense import FakeQuant, Transformed
@@ -34,6 +34,7 @@ from .stream.activations import ActivationStore
 from .stream.batch import Batch
 from .stream.engine import Engine
 from .stream.headers import headers_digest
+from .stream.files import write_json
 from .stream.journal import Journal
 from .stream.memory import give_back_memory, share_heap
 from .stream.options import Batches, EngineOptions, Listener
@@ -41,8 +42,9 @@ from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
 from .surveying import host_memory, kept_layers, survey
+from .tasking import Answered, add_answers, run_jobs
 from .translate import mixed_schemes
-from .workspace import Workspace, tokens_digest
+from .workspace import METRICS, Workspace, tokens_digest
 
 _TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward", "experts")  # of base: no influence on the result
 
@@ -56,12 +58,14 @@ class Result:
         outputs: for each ``save_*`` its folder, size and the command that serves it.
         perplexities: measured numbers.
         metrics: the content of ``metrics.json``.
+        answers: what tasks and prompts found.
     """
 
     save_path: Path | None
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     perplexities: list[Perplexity] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    answers: list[Answered] = field(default_factory=list)
 
 
 def compress(
@@ -168,7 +172,23 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         store.drop_mapped()
         if kept:
             workspace.finish(metrics)
-        return Result(root if kept else None, outputs, perplexities, metrics)
+        result = Result(root if kept else None, outputs, perplexities, metrics)
+    return _with_answers(prepared, result, listener)
+
+
+def _with_answers(prepared: Prepared, result: Result, listener: Listener) -> Result:
+    """The result with what tasks and prompts found, which are asked of what a finished run has written."""
+    if not prepared.jobs:
+        return result
+    try:
+        answers = run_jobs(prepared, result.save_path, listener)
+    except LlmcError as problem:
+        where = "" if result.save_path is None else f" and written ({result.save_path})"
+        raise RunError(f"the run is done{where}, but not its tasks: {problem.message}", problem.remedy) from problem
+    metrics = add_answers(result.metrics, answers)
+    if result.save_path is not None:
+        write_json(result.save_path / METRICS, metrics)
+    return replace(result, answers=answers, metrics=metrics)
 
 
 # --- parts of a run ------------------------------------------------------------------------------------------------

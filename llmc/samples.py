@@ -14,6 +14,7 @@ from .algorithms import Recipe
 from .config import Config
 from .data import EvaluationWindows, calibration_samples, evaluation_windows, image_text_samples
 from .errors import ConfigError, DataError, ModelError
+from .jobs import PROMPTS, TASKS
 from .models import ModelAdapter
 from .stream.batch import Batch
 from .stream.skeleton import Skeleton
@@ -108,7 +109,7 @@ def evaluations_of(config: Config, tokenizer: Any) -> list[Evaluation]:
     """The texts to evaluate on, in batches of ``eval.bs``."""
     evaluations = []
     for one in config.eval:
-        if one.eval_pos:
+        if one.eval_pos and one.type not in (TASKS, PROMPTS):
             windows = evaluation_windows(evaluation_spec(one), tokenizer)
             batches = batched(list(windows.tokens), one.bs)
             evaluations.append(Evaluation(one.name, one.type, tuple(one.eval_pos), windows, batches))

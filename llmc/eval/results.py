@@ -30,9 +30,10 @@ class TaskScore:
     samples: int
     protocol: str
 
-    def lines(self) -> list[str]:
+    @property
+    def line(self) -> str:
         """For the console."""
-        return [f"EVAL: {self.name} {self.metric} is {self.value:.4f} ({self.position})"]
+        return f"EVAL: {self.name} {self.metric} is {self.value:.4f} ({self.position})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``metrics.json``."""

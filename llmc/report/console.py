@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..eval.results import Generated, TaskScore, side_by_side
 from .experts import collapsed, fallbacks
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class Console:
         metrics = result.metrics
         for one in result.perplexities:
             self._rich.print(f"EVAL: {one.kind} on {one.name} is {one.value:.4f} ({one.position}: {one.protocol})")
+        self.answers(result.answers)
         self._rich.print("\n[bold green]Done[/]" + (f" {self._task}" if self._task else ""))
         facts: dict[str, str] = {}
         if metrics["model"]["input"] is not None:
@@ -190,6 +192,12 @@ class Console:
         for name, output in result.outputs.items():
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
+
+    def answers(self, answers: Sequence[TaskScore | Generated]) -> None:
+        """A line for each score, and texts below their prompts."""
+        scores = [one.line for one in answers if isinstance(one, TaskScore)]
+        for line in (*scores, *side_by_side([one for one in answers if isinstance(one, Generated)])):
+            self._rich.print(line, markup=False)
 
     def exported(self, done: Exported) -> None:
         """What was made from a finished run."""

@@ -50,7 +50,6 @@ def test_scores_are_those_of_lm_eval_by_itself(folder, model, own_tasks, monkeyp
 
     # What lm-eval finds out about the machine takes seconds, and is of no interest here.
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
-    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # a pool of processes costs more than it computes
     tasks = find_tasks(["own_both"], str(own_tasks), OPTIONS, did_you_mean)
     passes: list[int] = []
     lm = answers(tasks, folder, model, passes)
@@ -63,7 +62,6 @@ def test_scores_are_those_of_lm_eval_by_itself(folder, model, own_tasks, monkeyp
         num_fewshot=2,
         limit=10,
         device="cpu",
-        bootstrap_iters=1000,
     )
     wanted = oracle["results"]
     assert len(passes) == 1
@@ -72,7 +70,7 @@ def test_scores_are_those_of_lm_eval_by_itself(folder, model, own_tasks, monkeyp
         assert found["own_choices", metric].stderr == pytest.approx(wanted["own_choices"][f"{metric}_stderr,none"])
     rolling = found["own_rolling", "word_perplexity"]
     assert rolling.value == pytest.approx(wanted["own_rolling"]["word_perplexity,none"], rel=1e-5)
-    assert rolling.stderr == pytest.approx(wanted["own_rolling"]["word_perplexity_stderr,none"], rel=1e-4)
+    assert rolling.stderr is None  # and lm-eval says N/A
     assert found["own_choices", "acc"].samples == 10 and rolling.samples == 5
     assert "task version 1.0, 2-shot, limit 10, by test" in found["own_choices", "acc"].protocol
     own = {name: [one.resps for one in task.instances] for name, task in tasks.loaded["tasks"].items()}
