@@ -35,6 +35,7 @@ IMAGE_TEXT = "custom_mm"
 """The name of calibration data with images."""
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS} | {SHORTGPT: "pruner"}
+_EVALUATIONS = ("ppl", "token_acc", "decode_ppl")
 _AMOUNTS = {SHORTGPT: "n_prune_layers: 4"}
 
 
@@ -59,7 +60,7 @@ def refuse_unavailable(config: Config) -> None:
         missing += [] if known else [f"sparse.method: {config.sparse.method}"]
         missing += ["sparse.kvcache"] if config.sparse.kvcache is not None else []
     missing += ["opencompass"] if config.opencompass is not None else []
-    missing += [f"eval type '{one.type}'" for one in config.eval if one.type not in ("ppl", "decode_ppl")]
+    missing += [f"eval type '{one.type}'" for one in config.eval if one.type not in _EVALUATIONS]
     available = {exporter.name for exporter in EXPORTERS}
     asked = [name for name, value in config.save if value is True]
     missing += [f"save.{name}" for name in asked if name not in available]
@@ -68,8 +69,8 @@ def refuse_unavailable(config: Config) -> None:
         raise ConfigError(
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
             "available are weights and activations of 2 to 8 bits or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4, "
-            f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, "
-            f"and {', '.join(sorted(available))}; remove the rest",
+            f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, agreement of tokens "
+            f"(token_acc), and {', '.join(sorted(available))}; remove the rest",
         )
 
 
