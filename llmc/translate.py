@@ -43,7 +43,7 @@ _ELSEWHERE = {
         "write type: lm_eval, tasks: [humaneval], confirm_run_unsafe_code: True",
     ),
 }
-_EVALUATIONS = ("ppl", "decode_ppl", "lm_eval", "generate_only")
+_EVALUATIONS = ("ppl", "token_acc", "decode_ppl", "lm_eval", "generate_only")
 _AMOUNTS = {SHORTGPT: "n_prune_layers: 4"}
 
 
@@ -81,8 +81,8 @@ def refuse_unavailable(config: Config) -> None:
         raise ConfigError(
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
             "available are weights and activations of 2 to 8 bits or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4, "
-            f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, "
-            f"and {', '.join(sorted(available))}; remove the rest",
+            f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, agreement of tokens "
+            f"(token_acc), tasks of lm-eval, continued prompts (generate_only), and {', '.join(sorted(available))}; remove the rest",
         )
 
 

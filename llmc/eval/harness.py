@@ -149,7 +149,7 @@ def _manager(names: Sequence[str], folder: str | None, did_you_mean: DidYouMean)
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if all(name in manager.all_subtasks for name in names):
+    if all(_is_whole(manager, name) for name in names):
         return manager
     manager = TaskManager(include_path=folder)
     known = manager.all_tasks
@@ -161,6 +161,14 @@ def _manager(names: Sequence[str], folder: str | None, did_you_mean: DidYouMean)
                 "`lm-eval ls tasks` lists lm-eval's; eval.path is a folder with task files of your own",
             )
     return manager
+
+
+def _is_whole(manager: TaskManager, name: str) -> bool:
+    """Whether an index has a task, or a group with all its members."""
+    entry = manager.task_index.get(name)
+    members = (entry.cfg or {}).get("task", []) if entry is not None and name in manager.all_groups else []
+    named = [member if isinstance(member, str) else str(member.get("task")) for member in members]
+    return entry is not None and all(_is_whole(manager, member) for member in named)
 
 
 def _load(manager: TaskManager, names: Sequence[str]) -> Mapping[str, Any]:
