@@ -120,9 +120,7 @@ def _prompt_job(prepared: Prepared, section: EvalConfig, tokenizer: Any, limit: 
     records = read_records(path)
     texts = tuple(_text(one, tokenizer, chat=section.apply_chat_template) for one in records)
     # A chat template writes the special tokens itself.
-    ids = tuple(
-        tuple(encode(tokenizer, text, special=not section.apply_chat_template).tolist()) for text in texts
-    )
+    ids = tuple(tuple(encode(tokenizer, text, special=not section.apply_chat_template).tolist()) for text in texts)
     known = len(prepared.skeleton.model.get_input_embeddings().weight)
     for number, (record, tokens) in enumerate(zip(records, ids, strict=True), 1):
         _check_prompt(number, record, tokens, section.max_new_tokens, limit, known)

@@ -33,8 +33,8 @@ from .prepare import Prepared, prepare
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics
 from .stream.activations import ActivationStore
-from .stream.headers import headers_digest
 from .stream.files import write_json
+from .stream.headers import headers_digest
 from .stream.journal import Journal
 from .stream.memory import give_back_memory, share_heap
 from .stream.options import Batches, EngineOptions, Listener, Silent

@@ -82,7 +82,8 @@ def refuse_unavailable(config: Config) -> None:
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
             "available are weights and activations of 2 to 8 bits or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4, "
             f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, agreement of tokens "
-            f"(token_acc), tasks of lm-eval, continued prompts (generate_only), and {', '.join(sorted(available))}; remove the rest",
+            "(token_acc), tasks of lm-eval, continued prompts (generate_only), "
+            f"and {', '.join(sorted(available))}; remove the rest",
         )
 
 

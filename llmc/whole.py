@@ -42,7 +42,8 @@ class WholeModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=self.dtype, trust_remote_code=self.trusted
         )
-        return model.to(self.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        model.to(self.device)  # type: ignore[arg-type]
+        return model.eval().requires_grad_(False)
 
 
 def why_not_whole(prepared: Prepared, position: str) -> str:

@@ -81,7 +81,9 @@ def check_written(config: Config) -> None:
         return
     written = {name for name, value in config.save if value is True}
     text = "evaluations of type lm_eval and generate_only are done on what the run wrote"
-    refuse_if("transformed" in asked and "save_trans" not in written, "eval", f"{text}: transformed needs save.save_trans")
+    refuse_if(
+        "transformed" in asked and "save_trans" not in written, "eval", f"{text}: transformed needs save.save_trans"
+    )
     compressed = asked - {"pretrain", "transformed"}
     refuse_if(
         compressed and not written - set(_NO_MODEL),

@@ -117,7 +117,9 @@ class EvalConfig(Section):
     num_workers: int = Field(8, ge=0, description="Processes that load data for acc.")
     statistics: bool = Field(False, description="Report statistics of vqa.")
     tasks: legacy.Names = Field((), description="For lm_eval: names of its tasks and groups, or of those in path.")
-    num_fewshot: int | None = Field(None, ge=0, description="For lm_eval: examples in a prompt; None: as a task has it.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="For lm_eval: examples in a prompt; None: as a task has it."
+    )
     limit: int | float | None = Field(
         None, gt=0, description="For lm_eval: only the first so many documents of a task; below 1, such a share."
     )

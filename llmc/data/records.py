@@ -1,7 +1,7 @@
 """Records of a user's own data: what a line may hold, and what is wrong with one that doesn't.
 
-One schema serves every purpose. A line is a JSON object of one of four kinds: a text, a prompt (with the completion that
-is expected, or without), a chat, or a question (with its answer, or without). Fields beyond those are left alone.
+One schema serves every purpose. A line is a JSON object of one of four kinds: a text, a prompt (with the completion
+that is expected, or without), a chat, or a question (with its answer, or without). Fields beyond those are left alone.
 """
 
 from __future__ import annotations

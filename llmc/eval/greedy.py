@@ -69,15 +69,13 @@ def _next_tokens(
     return found
 
 
-def greedy_whole(
-    prompts: Sequence[Tokens], model: PreTrainedModel, count: int, ends: Collection[int]
-) -> list[Tokens]:
+def greedy_whole(prompts: Sequence[Tokens], model: PreTrainedModel, count: int, ends: Collection[int]) -> list[Tokens]:
     """The same by a whole model's own ``generate``, prompt by prompt, whatever its generation settings say."""
     from transformers import GenerationConfig
 
     own = model.generation_config
     # What a call leaves open is filled in from the model's settings, such as a penalty on repetitions: there are none.
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, max_new_tokens=count, eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0)
     )
     made = []
@@ -85,7 +83,7 @@ def greedy_whole(
         for prompt in prompts:
             ids = torch.tensor([prompt], device=model.device)
             with torch.no_grad():
-                whole = model.generate(ids, attention_mask=torch.ones_like(ids))
+                whole = model.generate(ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
             made.append(tuple(whole[0, len(prompt) :].tolist()))
     finally:
         model.generation_config = own

@@ -1,4 +1,4 @@
-"""lm-eval's tasks: found by their names, loaded with their data, and evaluated; the numbers as lm-eval computes them."""
+"""lm-eval's tasks: found by their names, loaded with their data, and evaluated; numbers are as lm-eval has them."""
 
 from __future__ import annotations
 

@@ -129,4 +129,3 @@ def padded(rows: Sequence[Sequence[int]], limit: int, step: int = LENGTH_STEP) -
     longest = max(map(len, rows))
     length = max(longest, min(limit, -(-longest // step) * step))
     return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
-

@@ -112,7 +112,7 @@ def test_tasks_say_who_writes_text(own_tasks):
     ],
 )
 def test_an_unknown_task_is_named_with_its_neighbour(own_tasks, quick, name, said):
-    with pytest.raises(ConfigError, match="eval.tasks") as caught:
+    with pytest.raises(ConfigError, match=r"eval\.tasks") as caught:
         find_tasks([name], str(own_tasks), TaskOptions(), did_you_mean)
     assert said in str(caught.value)
 
@@ -141,6 +141,6 @@ def test_lm_eval_that_is_not_installed_is_named(monkeypatch, own_tasks):
     import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ConfigError, match="lm-eval.*can't be imported") as caught:
+    with pytest.raises(ConfigError, match=r"lm-eval.*can't be imported") as caught:
         harness.find_tasks(["own_choices"], str(own_tasks), TaskOptions(), did_you_mean)
     assert "pip install 'llmc[eval]'" in str(caught.value)

@@ -40,7 +40,10 @@ def test_lines_of_text_and_a_list_of_samples_are_records_too(tmp_path):
 
 
 BAD = {
-    "no-field": ({"txt": "a"}, "has none of the fields 'text', 'prompt', 'messages' and 'question'; its fields are 'txt'"),
+    "no-field": (
+        {"txt": "a"},
+        "has none of the fields 'text', 'prompt', 'messages' and 'question'; its fields are 'txt'",
+    ),
     "number": ({"text": 3}, "field 'text' holds int, not text"),
     "blank": ({"prompt": "  "}, "field 'prompt' is blank"),
     "role": ({"messages": [{"role": "bot", "content": "a"}]}, "field 'messages.0.role' is 'bot', not 'system'"),

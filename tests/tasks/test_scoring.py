@@ -67,5 +67,5 @@ def test_a_long_context_loses_its_beginning():
 
 
 def test_an_answer_longer_than_the_context_is_refused():
-    with pytest.raises(DataError, match="an answer of 5 tokens.*at most 4"):
+    with pytest.raises(DataError, match=r"an answer of 5 tokens.*at most 4"):
         Continuation.of([1], [1, 2, 3, 4, 5], limit=4)
