@@ -26,6 +26,8 @@ examples:
       run it; after a crash or a kill the same command goes on where it was
 
 further commands, each with a --help of its own:
+  python -m llmc eval --config run.yml --set eval.type=token_acc
+      measure a finished run by what it wrote, without calibrating again
   python -m llmc export --from ./out --to fake
       write another format of a finished run, without calibrating again
   python -m llmc verify ./out/vllm_quant_model --against ./out/fake_quant_model
@@ -36,6 +38,11 @@ further commands, each with a --help of its own:
       look whether data of your own is what is expected, and what is in it
 
 An error in the configuration or the input ends with code 2 and one message that says what to do."""
+
+_EVAL = """\
+Measure a finished run by the section eval of a configuration, from what the run wrote: nothing is calibrated again, and
+the numbers are those that the run would have given. A configuration without quant and sparse measures its model as it
+is."""
 
 _EXPORT = """\
 Write further formats of a finished run, from the codes and scales that it stored: nothing is calibrated again, and the
@@ -82,6 +89,22 @@ def parser() -> argparse.ArgumentParser:
         help="check everything and show the plan, without reading a weight or writing anything",
     )
     made.add_argument("--version", action="version", version=f"llmc {__version__}")
+    return made
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    """The arguments of ``eval``."""
+    made = argparse.ArgumentParser("python -m llmc eval", description=_EVAL)
+    made.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file whose section eval says what to measure"
+    )
+    made.add_argument(
+        "--from", type=Path, dest="run", metavar="RUN", help="save_path of a finished run; default: the configuration's"
+    )
+    made.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a value"
+    )
+    made.add_argument("--no-write", action="store_true", help="leave the run's metrics.json as it is")
     return made
 
 
@@ -180,6 +203,22 @@ def _main(given: Any) -> int:
     return 0
 
 
+def _eval(given: Any) -> int:
+    from .algorithms import options_types
+    from .config import load_config
+    from .reevaluating import reevaluate
+    from .report.console import Console
+
+    loaded = load_config(given.config, given.overrides, options_types())
+    console = Console()
+    console.warn(loaded.warnings)
+    with console.progress() as listener:
+        done = reevaluate(loaded, given.run, write=not given.no_write, listener=listener)
+    console.warn(done.warnings)
+    console.evaluated(done)
+    return 0
+
+
 def _export(given: Any) -> int:
     from .exporting import export
     from .report.console import Console
@@ -218,6 +257,7 @@ def _check_data(given: Any) -> int:
 
 
 _COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any], int]]] = {
+    "eval": (eval_parser, _eval),
     "export": (export_parser, _export),
     "verify": (verify_parser, _verify),
     "inspect": (inspect_parser, _inspect),

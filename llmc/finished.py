@@ -24,7 +24,7 @@ from .stream.skeleton import EMBED, HEAD, block_unit
 from .workspace import METRICS, is_unfinished
 
 PARTS = "parts"  # of the one file that a format is
-OTHER_MODEL = "the model isn't the one that the run compressed: name that with --model"
+OTHER_MODEL = "the model isn't the one that the run compressed: name that with --model, for eval as model.path"
 _AGAIN = "--from takes the save_path of a finished run"
 _NEEDED = {"config", "model", "outputs", "blocks", "blocks_dropped", "evaluation"}
 _NEEDED_OF_BLOCKS = {"unit", "inputs", "cache_ranges"}

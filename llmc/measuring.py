@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .eval.divergence import Divergence
-from .eval.measure import Evaluated, Text, Watch
+from .eval.measure import ORIGINAL, Evaluated, Text, Watch
 from .eval.perplexity import CrossEntropy
 from .quant import KvSpec
 from .samples import Evaluation
@@ -28,11 +28,13 @@ def state_of(position: str, kv: KvSpec | None) -> str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """An evaluation, its measure, and the batches of its text."""
+    """An evaluation, its measure, the batches of its text, and of its positions those that have a result: the original
+    needs no comparison with itself."""
 
     evaluation: Evaluation
     watch: Watch
     measure: CrossEntropy | Divergence
+    positions: tuple[str, ...]
 
 
 class Measuring:
@@ -59,8 +61,9 @@ class Measuring:
             batches += [Batch(tokens) for tokens in one.batches]
             self._known[key] = range(first, len(batches))
         measure = _MEASURES[one.kind]()
-        states = frozenset(state_of(position, self._kv) for position in one.positions)
-        return _Measured(one, Watch(measure, self._known[key], states), measure)
+        positions = tuple(position for position in one.positions if not measure.compares or position != ORIGINAL)
+        states = frozenset(state_of(position, self._kv) for position in positions)
+        return _Measured(one, Watch(measure, self._known[key], states), measure, positions)
 
     @property
     def prefilled(self) -> Batches:
@@ -92,7 +95,7 @@ class Measuring:
         return [
             one.measure.result(one.evaluation.kind, _text(one.evaluation), position, state_of(position, self._kv))
             for one in self._measured
-            for position in one.evaluation.positions
+            for position in one.positions
         ]
 
 

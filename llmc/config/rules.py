@@ -46,6 +46,10 @@ def check_evaluation(one: EvalConfig) -> EvalConfig:
     refuse_if(one.name == "text" and not one.path, "path", "missing; name 'text' reads a local file or folder")
     blind, tokens = one.eval_pos and not one.seq_len, one.num_eval_tokens
     refuse_if(one.type == "ppl" and blind, "seq_len", "missing; perplexity needs the number of tokens in a window")
+    compares = one.type == "token_acc"
+    refuse_if(compares and blind, "seq_len", "missing; token_acc needs the number of tokens in a window")
+    alone = compares and set(one.eval_pos) == {"pretrain"}
+    refuse_if(alone, "eval_pos", "only pretrain: token_acc compares with it; add fake_quant, transformed or both")
     decodes = one.type == "decode_ppl"
     refuse_if(decodes and blind and not tokens, "seq_len", "missing; decode_ppl needs it, or num_eval_tokens")
     refuse_if(one.type == "generate_only" and not one.path, "path", "missing; generate_only reads a file of prompts")

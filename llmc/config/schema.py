@@ -94,7 +94,7 @@ class EvalConfig(Section):
     """One evaluation: what to measure, on which text, and at which stages of the run."""
 
     eval_pos: legacy.EvalPositions = Field(description="Stages to evaluate; an empty list for none.")
-    type: legacy.EvalType = Field("ppl", description="What to measure.")
+    type: legacy.EvalType = Field("ppl", description="What to measure; a list measures all of it on the same text.")
     name: str = Field("", description="Which data set; text is a local .txt, .jsonl, .parquet file or folder.")
     path: str | None = Field(
         None, description="Where the data set lies; for lm_eval a folder with task files; for generate_only prompts."

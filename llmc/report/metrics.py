@@ -95,6 +95,18 @@ def make_metrics(
     }
 
 
+def with_evaluations(metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics with further evaluations; they take the place of those of the same thing by the same protocol."""
+    new = {_identity(entry) for entry in entries}
+    kept = [entry for entry in metrics["evaluation"] if _identity(entry) not in new]
+    return {**metrics, "schema": SCHEMA, "evaluation": [*kept, *entries]}
+
+
+def _identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What was measured; ``metric`` is there where one task has several."""
+    return tuple(entry.get(key) for key in ("kind", "name", "protocol", "position", "metric"))
+
+
 def _mean_sparsity(blocks: Sequence[Mapping[str, Any]]) -> float:
     """Mean over the pruned layers of the fraction of their weights that was pruned."""
     found: list[float] = [note["sparsity"] for row in blocks for note in row["layers"].values() if "sparsity" in note]

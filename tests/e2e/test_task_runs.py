@@ -131,12 +131,12 @@ def test_text_for_a_task_is_written_by_the_whole_model(case, asking, own, source
 
 def test_a_server_is_asked_after_the_run(case, asking, source):
     backend = Backend(reload(source), AutoTokenizer.from_pretrained(source))
+    few = asking(tasks=["own_choices"], limit=5, eval_pos=["pretrain"])  # a server's prompts are a token shorter
     with serving(backend) as url:
-        run = case(
-            eval=[asking(tasks=["own_choices"], server=url, eval_pos=["pretrain"]), asking(tasks=["own_choices"])]
-        )
-        asked, own, _ = (run.compress().answers[start : start + 2] for start in (0, 2, 4))
+        answers = case(eval=[few | {"server": url}, few]).compress().answers
+    asked, own = answers[:2], answers[2:]
     assert [(one.metric, one.value) for one in asked] == [(one.metric, one.value) for one in own]
+    assert "by tiny on a server" in asked[0].protocol and "by llmc in float32" in own[0].protocol
     gone = case(eval=[asking(tasks=["own_choices"], server=url, eval_pos=["fake_quant"])])
     with pytest.raises(RunError, match=r"the run is done and written .*nothing that is understood answers"):
         gone.compress()
