@@ -26,14 +26,23 @@ examples:
       run it; after a crash or a kill the same command goes on where it was
 
 further commands, each with a --help of its own:
+  python -m llmc eval --config run.yml --set eval.type=token_acc
+      measure a finished run by what it wrote, without calibrating again
   python -m llmc export --from ./out --to fake
       write another format of a finished run, without calibrating again
   python -m llmc verify ./out/vllm_quant_model --against ./out/fake_quant_model
       look whether a written or fetched folder is whole and holds what it should
   python -m llmc inspect ./my-model
       show the blocks and Linears of a model, what can be done to them, and what can't
+  python -m llmc check-data ./prompts.jsonl
+      look whether data of your own is what is expected, and what is in it
 
 An error in the configuration or the input ends with code 2 and one message that says what to do."""
+
+_EVAL = """\
+Measure a finished run by the section eval of a configuration, from what the run wrote: nothing is calibrated again, and
+the numbers are those that the run would have given. A configuration without quant and sparse measures its model as it
+is."""
 
 _EXPORT = """\
 Write further formats of a finished run, from the codes and scales that it stored: nothing is calibrated again, and the
@@ -48,6 +57,10 @@ _INSPECT = """\
 Show a model's blocks, the Linears that share an input, what can absorb a scale of it, and what can't be done and why.
 Needs only the model's config.json; no weight is read. Architectures that nobody declared are explored by running their
 own code on random weights; those that somebody did are compared with what that finds."""
+
+_CHECK_DATA = """\
+Look at a file of texts, prompts, chats or questions of your own, and say what it holds. Ends with 0 if every record is
+right, 1 if one isn't, and 2 if the file can't be read."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,6 +89,22 @@ def parser() -> argparse.ArgumentParser:
         help="check everything and show the plan, without reading a weight or writing anything",
     )
     made.add_argument("--version", action="version", version=f"llmc {__version__}")
+    return made
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    """The arguments of ``eval``."""
+    made = argparse.ArgumentParser("python -m llmc eval", description=_EVAL)
+    made.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file whose section eval says what to measure"
+    )
+    made.add_argument(
+        "--from", type=Path, dest="run", metavar="RUN", help="save_path of a finished run; default: the configuration's"
+    )
+    made.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="override a value"
+    )
+    made.add_argument("--no-write", action="store_true", help="leave the run's metrics.json as it is")
     return made
 
 
@@ -115,6 +144,13 @@ def inspect_parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m llmc inspect", description=_INSPECT)
     made.add_argument("model", metavar="MODEL", help="a model's folder, or a hub id, org/name or org/name@revision")
     made.add_argument("--trust-remote-code", action="store_true", help="let the model's own Python files run")
+    return made
+
+
+def check_data_parser() -> argparse.ArgumentParser:
+    """The arguments of ``check-data``."""
+    made = argparse.ArgumentParser("python -m llmc check-data", description=_CHECK_DATA)
+    made.add_argument("file", type=Path, metavar="FILE", help=".jsonl, .json or .txt, or a folder with a samples.json")
     return made
 
 
@@ -167,6 +203,22 @@ def _main(given: Any) -> int:
     return 0
 
 
+def _eval(given: Any) -> int:
+    from .algorithms import options_types
+    from .config import load_config
+    from .reevaluating import reevaluate
+    from .report.console import Console
+
+    loaded = load_config(given.config, given.overrides, options_types())
+    console = Console()
+    console.warn(loaded.warnings)
+    with console.progress() as listener:
+        done = reevaluate(loaded, given.run, write=not given.no_write, listener=listener)
+    console.warn(done.warnings)
+    console.evaluated(done)
+    return 0
+
+
 def _export(given: Any) -> int:
     from .exporting import export
     from .report.console import Console
@@ -195,8 +247,19 @@ def _inspect(given: Any) -> int:
     return 0
 
 
+def _check_data(given: Any) -> int:
+    from .data.records import check_records
+    from .report.console import Console
+
+    found = check_records(given.file)
+    Console().data(found)
+    return 1 if found.problems or not found.records else 0
+
+
 _COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any], int]]] = {
+    "eval": (eval_parser, _eval),
     "export": (export_parser, _export),
     "verify": (verify_parser, _verify),
     "inspect": (inspect_parser, _inspect),
+    "check-data": (check_data_parser, _check_data),
 }

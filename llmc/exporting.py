@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from .algorithms import Recipe, options_types
-from .config import load_config
+from .algorithms import Recipe
 from .config.suggest import did_you_mean
-from .errors import ExportError, RunError
-from .export import EXPORTERS, Exporter, Layer, check_shard
+from .errors import ExportError
+from .export import EXPORTERS, Exporter, Layer
+from .finished import OTHER_MODEL, FinishedSink, prepare_again, read_metrics, selection_of, sink_of
 from .models import BlockSelection
 from .models.mixture import in_solving_order
-from .plan import original_bytes
-from .prepare import Prepared, check_exporters, prepare, source_of
+from .prepare import Prepared, check_exporters, source_of
 from .quant import InputRange, KvRanges, QuantSpec, QWeight, Scheme, UnitRecord, cache_scales
-from .report.metrics import SCHEMA
 from .run import stored_config, stored_source
 from .stream.files import sync_folder, write_json
-from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .surveying import kept_layers
 from .translate import exporters_of
-from .workspace import CONFIG, METRICS, Workspace, is_unfinished
+from .workspace import CONFIG, METRICS, Workspace
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ def export(run: Path, targets: Sequence[str], model: str | None = None) -> Expor
         LlmcError: the run isn't finished, holds no codes, or a format can't store them. Nothing has been written.
     """
     kinds = [_kind(name) for name in dict.fromkeys(targets)]
-    metrics = _read_metrics(run)
+    metrics = read_metrics(run)
     for kind in kinds:
         if kind.name in metrics["outputs"]:
             raise ExportError(f"{run / kind.folder} is there already", "remove the folder and its entry, or keep it")
@@ -108,31 +103,6 @@ def _kind(name: str) -> type[Exporter]:
     return known[full]
 
 
-_NEEDED = {"config", "model", "outputs", "blocks", "blocks_dropped"}
-_NEEDED_OF_BLOCKS = {"unit", "inputs", "cache_ranges"}
-
-
-def _read_metrics(run: Path) -> dict[str, Any]:
-    """``metrics.json`` of a finished run."""
-    again = "--from takes the save_path of a finished run"
-    if is_unfinished(run):
-        raise RunError(f"{run} holds a run that isn't finished", "run its command again, it goes on where it was")
-    try:
-        metrics = json.loads((run / METRICS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{run} has no {METRICS}", again) from None
-    except (ValueError, OSError) as problem:
-        raise RunError(f"{run / METRICS} can't be read: {problem}", again) from problem
-    if not isinstance(metrics, dict) or not _is_ours(metrics):
-        raise RunError(f"{run / METRICS} isn't what this version of llmc writes", again)
-    return metrics
-
-
-def _is_ours(metrics: Mapping[str, Any]) -> bool:
-    known = metrics.get("schema") == SCHEMA and metrics.keys() >= _NEEDED
-    return known and all(row.keys() >= _NEEDED_OF_BLOCKS for row in metrics["blocks"])
-
-
 @dataclass(frozen=True)
 class _Finished:
     """A finished run: what was known before it began, and what it left.
@@ -149,7 +119,7 @@ class _Finished:
     prepared: Prepared
     selection: BlockSelection
     rows: Mapping[str, Mapping[str, Any]]
-    source: Sink
+    source: FinishedSink
 
     @classmethod
     def read(cls, folder: Path, metrics: Mapping[str, Any], model: str | None) -> _Finished:
@@ -158,15 +128,14 @@ class _Finished:
         Raises:
             LlmcError: the original model is gone or another one, or no folder has codes.
         """
-        prepared = _prepare(metrics, model)
-        dropped = (metrics["blocks_dropped"] or {"dropped": []})["dropped"]
-        selection = prepared.skeleton.selection(frozenset(dropped))
+        prepared = prepare_again(metrics, model)
+        selection = selection_of(metrics, prepared)
         rows = {row["unit"]: row for row in metrics["blocks"]}
         models = [kind for kind in EXPORTERS if kind.stores_weights and not kind.transformed_only]
         written = [kind for kind in models if kind.name in metrics["outputs"]]
         for kind in written:
             exporter = _exporter(kind, prepared, prepared.recipe, prepared.layers)
-            found = cls(folder, prepared, selection, rows, _sink(folder, exporter, selection))
+            found = cls(folder, prepared, selection, rows, sink_of(folder, exporter, selection))
             if found.has_codes():
                 return found
         raise ExportError(
@@ -177,18 +146,18 @@ class _Finished:
     @property
     def units(self) -> list[str]:
         """Everything that has a shard, in order."""
-        return _units(self.selection)
+        return [EMBED, *(block_unit(index) for index in self.selection.kept), HEAD]
 
-    def sink(self, exporter: Exporter) -> Sink:
+    def sink(self, exporter: Exporter) -> FinishedSink:
         """The folder of a format in this run's."""
-        return _sink(self.folder, exporter, self.selection)
+        return sink_of(self.folder, exporter, self.selection)
 
     def has_codes(self) -> bool:
         """Whether the source's first block gives back the codes of all quantized Linears."""
         unit = block_unit(self.selection.kept[0])
         if not self.source.shard(unit).is_file():
             return False
-        quantized = self._load(unit).quantized
+        quantized = self.source.read(unit).quantized
         return all(layer.name in quantized for layer, _ in self._block(unit) if layer.spec is not None)
 
     def record(self, unit: str) -> UnitRecord:
@@ -198,23 +167,14 @@ class _Finished:
             RunError: its file is missing or damaged.
             ExportError: it isn't a part of this model.
         """
-        read, row = self._load(unit), self.rows.get(unit)
+        read, row = self.source.read(unit), self.rows.get(unit)
         for name, weight in read.quantized.items():
             shape = self.prepared.entries[f"{name}.weight"].shape
             if tuple(weight.codes.shape) != shape:
-                raise ExportError(f"{name} has the shape {tuple(weight.codes.shape)}, not {shape}", _OTHER_MODEL)
+                raise ExportError(f"{name} has the shape {tuple(weight.codes.shape)}, not {shape}", OTHER_MODEL)
         if row is None:
             return read
         return replace(read, inputs=self._inputs(unit, row), cache=self._cache(unit, row))
-
-    def _load(self, unit: str) -> UnitRecord:
-        try:
-            return self.source.load(unit)
-        except (OSError, SafetensorError, KeyError) as problem:
-            raise RunError(
-                f"{self.source.shard(unit)} can't be read: {problem}",
-                f"python -m llmc verify {self.source.folder} says more; the run must be done again",
-            ) from problem
 
     def _block(self, unit: str) -> list[tuple[Layer, str]]:
         """The Linears of a block with the keys of their subsets."""
@@ -243,34 +203,6 @@ class _Finished:
         linear = next(layer.name for layer, of in self._block(unit) if of == key)
         scales = cache_scales(kv, KvRanges(tuple(found["key"]), tuple(found["value"])))
         return {f"{linear.rpartition('.')[0]}.{name}": scale for name, scale in scales.items()}
-
-
-_PARTS = "parts"  # of the one file that a format is
-_OTHER_MODEL = "the model isn't the one that the run compressed: name that with --model"
-
-
-def _prepare(metrics: Mapping[str, Any], model: str | None) -> Prepared:
-    """The run's configuration once more, on the CPU, with its computing dtype and without its texts."""
-    config = json.loads(json.dumps(metrics["config"]))
-    config["model"] |= {"path": model or metrics["model"]["path"], "torch_dtype": metrics["model"]["computing_dtype"]}
-    config["base"] |= {"device": "cpu", "threads": None}
-    prepared = prepare(load_config(config, (), options_types()), with_texts=False)
-    found, wanted = original_bytes(prepared.checkpoint), metrics["model"]["bytes"]
-    if found != wanted or len(prepared.skeleton.blocks) != metrics["model"]["blocks"]:
-        raise RunError(f"{prepared.folder} holds {found} bytes of weights, the run read {wanted}", _OTHER_MODEL)
-    return prepared
-
-
-def _units(selection: BlockSelection) -> list[str]:
-    return [EMBED, *(block_unit(index) for index in selection.kept), HEAD]
-
-
-def _sink(folder: Path, exporter: Exporter, selection: BlockSelection) -> Sink:
-    def check(path: Path, record: UnitRecord) -> None:
-        check_shard(path, exporter, record, selection.original)
-
-    shards = folder / exporter.folder / (_PARTS if exporter.assembled else "")
-    return Sink(shards, exporter, _units(selection), check, selection)
 
 
 def _exporter(kind: type[Exporter], prepared: Prepared, recipe: Recipe, layers: Sequence[Layer]) -> Exporter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
 from .errors import ConfigError, ExportError
 from .export import Exporter, Layer, Source, read_config
+from .jobs import Jobs, prepare_jobs
+from .measuring import Measuring
 from .models import (
     Heads,
     ModelAdapter,
@@ -27,7 +29,6 @@ from .models.experts import HostMemory
 from .models.layouts import StoredLayout, layout_of
 from .models.locate import locate_checkpoint
 from .plan import Estimate, largest_block, make_estimate, make_layers, outside_layers, stored_dtype
-from .quant import KvSpec
 from .samples import Evaluation, calibration, check_images, check_tokens, evaluations_of, image_warnings, load_tokenizer
 from .stream.attention import check_attention
 from .stream.batch import Batch
@@ -67,6 +68,7 @@ class Prepared:
     warnings: list[str]
     estimate: Estimate
     frame: Frame | None
+    jobs: Jobs = field(default_factory=Jobs)
 
     @property
     def config(self) -> Config:
@@ -84,12 +86,15 @@ class Prepared:
         return layout_of(self.skeleton.model.config.model_type)
 
 
-def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
+_TEXTS = frozenset({"calib", "eval"})
+
+
+def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared:
     """Check the configuration against the checkpoint, the text and the backends. Reads headers and text, no weight.
 
     Args:
         loaded: the configuration.
-        with_texts: whether calibration and evaluation texts are wanted; if not, nor is the tokenizer.
+        texts: the sections whose texts are wanted, ``calib`` and ``eval``; with none, nor is the tokenizer.
 
     Raises:
         LlmcError: whatever would stop the run later.
@@ -140,10 +145,12 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
     calib: list[Batch] = []
     evaluations: list[Evaluation] = []
-    if with_texts:
+    if texts:
         tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-        calib = calibration(config, folder, tokenizer, skeleton) if recipe.needs_data else []
-        evaluations = evaluations_of(config, tokenizer)
+        if "calib" in texts and recipe.needs_data:
+            calib = calibration(config, folder, tokenizer, skeleton)
+        if "eval" in texts:
+            evaluations = evaluations_of(config, tokenizer)
         check_tokens(folder, _vocabulary(skeleton), calib, evaluations)
     estimate = make_estimate(
         skeleton,
@@ -151,13 +158,13 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         layers,
         exporters,
         calib_tokens=sum(batch.tokens.numel() for batch in calib),
-        eval_tokens=sum(_stream_tokens(evaluations, recipe.kv, kind) for kind in ("ppl", "decode_ppl")),
+        eval_tokens=Measuring(evaluations, recipe.kv).stream_tokens,
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
         surveyed=recipe.drop_blocks > 0,
     )
-    return Prepared(
+    prepared = Prepared(
         loaded,
         folder,
         checkpoint,
@@ -176,6 +183,10 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         estimate,
         frame,
     )
+    if "eval" not in texts:
+        return prepared
+    jobs = prepare_jobs(prepared, tokenizer)
+    return replace(prepared, jobs=jobs, warnings=warnings + jobs.warnings)
 
 
 def experts_on_host(
@@ -363,19 +374,3 @@ def _check_model_type(model_type: str, exporters: Sequence[Exporter]) -> None:
                 f"{model_type}",
                 f"leave out {exporter.name}; save_fake writes weights that any loader of the original model takes",
             )
-
-
-def _stream_tokens(evaluations: Sequence[Evaluation], kv: KvSpec | None, kind: str) -> int:
-    """Tokens of all evaluation streams of a kind: every state of the model is run on the text of every evaluation."""
-    found = [one for one in evaluations if one.kind == kind]
-    return len(positions_of(found, kv)) * sum(batch.numel() for one in found for batch in one.batches)
-
-
-def positions_of(evaluations: Sequence[Evaluation], kv: KvSpec | None) -> frozenset[str]:
-    """States of the model that some evaluation wants."""
-    return frozenset(state_of(position, kv) for one in evaluations for position in one.positions)
-
-
-def state_of(position: str, kv: KvSpec | None) -> str:
-    """The state of the model that a position means; unless the KV cache is quantized, with and without it are one."""
-    return "fake_quant" if position == "fake_quant_wo_kv" and kv is None else position

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,33 +16,35 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from . import __version__
 from .algorithms import options_types
 from .config import LoadedConfig, load_config
-from .errors import RunError
-from .eval.perplexity import Perplexity, mean_losses, perplexity
+from .errors import LlmcError, RunError
+from .eval.measure import Evaluated
+from .eval.perplexity import Perplexity
 from .export import Exporter, Layer, Source, check_shard, read_config, with_own_head, without_quantization
 from .export.dense import FakeQuant, Transformed
+from .measuring import Measuring
 from .models import BlockSelection
+from .passing import make_engine
 from .plan import bits_per_weight, free_disk, original_bytes
-from .prepare import Prepared, positions_of, prepare, state_of
+from .prepare import Prepared, prepare
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics
 from .stream.activations import ActivationStore
-from .stream.batch import Batch
-from .stream.engine import Engine
+from .stream.files import write_json
 from .stream.headers import headers_digest
 from .stream.journal import Journal
 from .stream.memory import give_back_memory, share_heap
-from .stream.options import Batches, EngineOptions, Listener
+from .stream.options import Batches, EngineOptions, Listener, Silent
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
 from .surveying import host_memory, kept_layers, survey
+from .tasking import Answered, add_answers, run_jobs
 from .translate import mixed_schemes
-from .workspace import Workspace, tokens_digest
+from .workspace import METRICS, Workspace, tokens_digest
 
 _TUNING = ("host_memory_gb", "checkpoint_every", "threads", "forward", "experts")  # of base: no influence on the result
 
@@ -54,14 +56,21 @@ class Result:
     Attributes:
         save_path: the run's folder, or None if nothing was saved.
         outputs: for each ``save_*`` its folder, size and the command that serves it.
-        perplexities: measured numbers.
+        evaluations: measured numbers.
         metrics: the content of ``metrics.json``.
+        answers: what tasks and prompts found.
     """
 
     save_path: Path | None
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    perplexities: list[Perplexity] = field(default_factory=list)
+    evaluations: list[Evaluated] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    answers: list[Answered] = field(default_factory=list)
+
+    @property
+    def perplexities(self) -> list[Perplexity]:
+        """The perplexities among them, by prefill and by decoding."""
+        return [one for one in self.evaluations if isinstance(one, Perplexity)]
 
 
 def compress(
@@ -82,19 +91,6 @@ def compress(
     """
     loaded = config if isinstance(config, LoadedConfig) else load_config(config, overrides, options_types())
     return run(prepare(loaded), listener or Silent())
-
-
-class Silent:
-    """A listener that doesn't care."""
-
-    def started(self, blocks: int, done: int) -> None:
-        """Ignore."""
-
-    def block(self, index: int, row: Mapping[str, Any]) -> None:
-        """Ignore."""
-
-    def phase(self, text: str) -> None:
-        """Ignore."""
 
 
 def run(prepared: Prepared, listener: Listener) -> Result:
@@ -124,12 +120,25 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         stack.callback(source.close)
         surveyed = survey(prepared, source, workspace, journal, listener)
         selection = surveyed.selection
-        sinks, transformed = _sinks(prepared, workspace, selection, keep_records=kept)
+        measuring = Measuring(prepared.evaluations, prepared.recipe.kv)
+        sinks, transformed = _sinks(prepared, workspace, selection, measuring, keep_records=kept)
         store = ActivationStore(workspace.state, host_memory(prepared))
-        outcome = _engine(prepared, source, sinks, transformed, store, journal, listener, selection.dropped).run()
+        outcome = make_engine(
+            prepared,
+            source,
+            store,
+            journal,
+            EngineOptions(forward=_forward(prepared), checkpoint_every=prepared.config.base.checkpoint_every),
+            listener,
+            sinks=sinks,
+            transformed=transformed,
+            dropped=selection.dropped,
+            calib=Batches(prepared.calib),
+            evaluation=measuring.prefilled,
+            decoding=measuring.decoded,
+        ).run()
         layers = kept_layers(prepared.layers, selection)
-        perplexities = _perplexities(prepared, "ppl", outcome.losses)
-        perplexities += _perplexities(prepared, "decode_ppl", outcome.decoded)
+        evaluations = measuring.results()
         written = [*sinks, *([transformed] if transformed else [])]
         outputs = _finish_outputs(prepared, workspace, written, journal, layers, selection)
         measured = Measured(
@@ -159,7 +168,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             kv_scheme=_kv_scheme(prepared),
             bits=bits_per_weight(layers),
             influence=surveyed.to_dict(),
-            perplexities=perplexities,
+            evaluations=evaluations,
             outputs=outputs,
             rows=journal.rows,
             calibration_tokens=sum(batch.tokens.numel() for batch in prepared.calib),
@@ -168,7 +177,23 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         store.drop_mapped()
         if kept:
             workspace.finish(metrics)
-        return Result(root if kept else None, outputs, perplexities, metrics)
+        result = Result(root if kept else None, outputs, evaluations, metrics)
+    return _with_answers(prepared, result, listener)
+
+
+def _with_answers(prepared: Prepared, result: Result, listener: Listener) -> Result:
+    """The result with what tasks and prompts found, which are asked of what a finished run has written."""
+    if not prepared.jobs:
+        return result
+    try:
+        answers = run_jobs(prepared, result.save_path, listener)
+    except LlmcError as problem:
+        where = "" if result.save_path is None else f" and written ({result.save_path})"
+        raise RunError(f"the run is done{where}, but not its tasks: {problem.message}", problem.remedy) from problem
+    metrics = add_answers(result.metrics, answers)
+    if result.save_path is not None:
+        write_json(result.save_path / METRICS, metrics)
+    return replace(result, answers=answers, metrics=metrics)
 
 
 # --- parts of a run ------------------------------------------------------------------------------------------------
@@ -197,7 +222,7 @@ def versions() -> dict[str, str]:
 
 
 def _sinks(
-    prepared: Prepared, workspace: Workspace, selection: BlockSelection, *, keep_records: bool
+    prepared: Prepared, workspace: Workspace, selection: BlockSelection, measuring: Measuring, *, keep_records: bool
 ) -> tuple[list[Sink], Sink | None]:
     """Folders for the compressed model, and the one for the transformed model if somebody needs it.
 
@@ -215,49 +240,13 @@ def _sinks(
     if keep_records and not any(e.stores_weights for e in prepared.exporters if not e.transformed_only):
         kept = FakeQuant(recipe.spec, prepared.stored, compute, schemes=mixed_schemes(recipe, prepared.layers))
         sinks = [sink(kept, workspace.state / "compressed"), *sinks]
-    if keep_records and not transformed and "transformed" in positions_of(prepared.evaluations, prepared.recipe.kv):
+    if keep_records and not transformed and "transformed" in measuring.states:
         transformed = [sink(Transformed(recipe.spec, prepared.stored, compute), workspace.state / "transformed")]
     return sinks, transformed[0] if transformed else None
 
 
 def _verify(exporter: Exporter, selection: BlockSelection, path: Path, record: Any) -> None:
     check_shard(path, exporter, record, selection.original)
-
-
-def _engine(
-    prepared: Prepared,
-    source: BlockSource,
-    sinks: list[Sink],
-    transformed: Sink | None,
-    store: ActivationStore,
-    journal: Journal,
-    listener: Listener,
-    dropped: frozenset[int],
-) -> Engine:
-    return Engine(
-        skeleton=prepared.skeleton,
-        source=source,
-        recipe=prepared.recipe,
-        subsets=prepared.subsets,
-        heads=prepared.heads,
-        calib=Batches(prepared.calib),
-        evaluation=_evaluation_batches(prepared, "ppl"),
-        decoding=_evaluation_batches(prepared, "decode_ppl"),
-        sinks=sinks,
-        transformed=transformed,
-        store=store,
-        journal=journal,
-        device=prepared.device,
-        options=EngineOptions(forward=_forward(prepared), checkpoint_every=prepared.config.base.checkpoint_every),
-        listener=listener,
-        frame=prepared.frame,
-        dropped=dropped,
-    )
-
-
-def _evaluation_batches(prepared: Prepared, kind: str) -> Batches:
-    found = [one for one in prepared.evaluations if one.kind == kind]
-    return Batches([Batch(tokens) for one in found for tokens in one.batches], positions_of(found, prepared.recipe.kv))
 
 
 def _kv_scheme(prepared: Prepared) -> dict[str, Any] | None:
@@ -286,21 +275,6 @@ def _forward(prepared: Prepared) -> Any:
     else:
         free = psutil.virtual_memory().available
     return "staged" if prepared.estimate.held <= free // 2 else "replay"
-
-
-def _perplexities(prepared: Prepared, kind: str, losses: Mapping[str, list[Tensor]]) -> list[Perplexity]:
-    found, start = [], 0
-    for one in (one for one in prepared.evaluations if one.kind == kind):
-        stop = start + len(one.batches)
-        for position in one.positions:
-            windows = mean_losses(losses[state_of(position, prepared.recipe.kv)][start:stop])
-            count, length = one.windows.tokens.shape
-            text = one.windows
-            value = perplexity(windows)
-            measured = Perplexity(one.name, position, value, count, length, text.protocol, text.sha256, windows, kind)
-            found.append(measured)
-        start = stop
-    return found
 
 
 def _finish_outputs(

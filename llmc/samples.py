@@ -12,8 +12,9 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from .algorithms import Recipe
 from .config import Config
-from .data import EvaluationWindows, calibration_samples, evaluation_windows, image_text_samples
+from .data import EvaluationSpec, EvaluationWindows, calibration_samples, evaluation_windows, image_text_samples
 from .errors import ConfigError, DataError, ModelError
+from .jobs import PROMPTS, TASKS
 from .models import ModelAdapter
 from .stream.batch import Batch
 from .stream.skeleton import Skeleton
@@ -26,7 +27,7 @@ class Evaluation:
 
     Attributes:
         name: as the configuration calls it.
-        kind: ``ppl``, or ``decode_ppl``, token by token with a KV cache.
+        kind: ``ppl``; ``token_acc``, compared with the original; or ``decode_ppl``, token by token with a KV cache.
         positions: the states of the model, as the configuration calls them.
         windows: the tokens.
         batches: the same in batches.
@@ -105,11 +106,13 @@ def calibration(config: Config, folder: Path, tokenizer: Any, skeleton: Skeleton
 
 
 def evaluations_of(config: Config, tokenizer: Any) -> list[Evaluation]:
-    """The texts to evaluate on, in batches of ``eval.bs``."""
+    """The texts to evaluate on, in batches of ``eval.bs``; each is read and tokenized once."""
     evaluations = []
+    read: dict[EvaluationSpec, EvaluationWindows] = {}
     for one in config.eval:
-        if one.eval_pos:
-            windows = evaluation_windows(evaluation_spec(one), tokenizer)
+        if one.eval_pos and one.type not in (TASKS, PROMPTS):
+            spec = evaluation_spec(one)
+            windows = read[spec] = read.get(spec) or evaluation_windows(spec, tokenizer)
             batches = batched(list(windows.tokens), one.bs)
             evaluations.append(Evaluation(one.name, one.type, tuple(one.eval_pos), windows, batches))
     return evaluations

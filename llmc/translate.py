@@ -35,6 +35,15 @@ IMAGE_TEXT = "custom_mm"
 """The name of calibration data with images."""
 
 _KINDS = {algorithm.name: algorithm.kind for algorithm in ALGORITHMS} | {SHORTGPT: "pruner"}
+_ELSEWHERE = {
+    "acc": ("it counts how many images are told right, and this compresses language models", "remove it"),
+    "vqa": ("questions about images are asked by lmms-eval", "serve save.save_vllm's folder, and ask that server"),
+    "code": (
+        "lm-eval has the tasks of HumanEval, and runs what the model writes",
+        "write type: lm_eval, tasks: [humaneval], confirm_run_unsafe_code: True",
+    ),
+}
+_EVALUATIONS = ("ppl", "token_acc", "decode_ppl", "lm_eval", "generate_only")
 _AMOUNTS = {SHORTGPT: "n_prune_layers: 4"}
 
 
@@ -45,6 +54,10 @@ def refuse_unavailable(config: Config) -> None:
         ConfigError: names the keys, and what is available.
     """
     quant, missing = config.quant, []
+    for one in config.eval:
+        if one.type in _ELSEWHERE:
+            why, remedy = _ELSEWHERE[one.type]
+            raise ConfigError(f"eval.type: {one.type} isn't measured here: {why}", remedy)
     if config.save.trtllm_cfg is not None:
         raise ConfigError(
             "save.trtllm_cfg: TensorRT-LLM no longer has engines that are built for a number of ranks",
@@ -59,7 +72,7 @@ def refuse_unavailable(config: Config) -> None:
         missing += [] if known else [f"sparse.method: {config.sparse.method}"]
         missing += ["sparse.kvcache"] if config.sparse.kvcache is not None else []
     missing += ["opencompass"] if config.opencompass is not None else []
-    missing += [f"eval type '{one.type}'" for one in config.eval if one.type not in ("ppl", "decode_ppl")]
+    missing += [f"eval type '{one.type}'" for one in config.eval if one.type not in _EVALUATIONS]
     available = {exporter.name for exporter in EXPORTERS}
     asked = [name for name, value in config.save if value is True]
     missing += [f"save.{name}" for name in asked if name not in available]
@@ -68,7 +81,8 @@ def refuse_unavailable(config: Config) -> None:
         raise ConfigError(
             f"not available in this version: {', '.join(dict.fromkeys(missing))}",
             "available are weights and activations of 2 to 8 bits or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4, "
-            f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, "
+            f"the KV cache, pruning by {pruners}, perplexity by prefill and by decoding, agreement of tokens "
+            "(token_acc), tasks of lm-eval, continued prompts (generate_only), "
             f"and {', '.join(sorted(available))}; remove the rest",
         )
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llmc.algorithms import ALGORITHMS, options_types
-from llmc.cli import export_parser, parser, verify_parser
+from llmc.cli import eval_parser, export_parser, parser, verify_parser
 from llmc.config import load_config
 from llmc.models import ADAPTERS
 
@@ -49,7 +49,8 @@ def test_links_and_paths_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 @pytest.mark.parametrize(
-    ("command", "made"), [("--config", parser), ("export", export_parser), ("verify", verify_parser)]
+    ("command", "made"),
+    [("--config", parser), ("eval", eval_parser), ("export", export_parser), ("verify", verify_parser)],
 )
 def test_command_lines_have_only_options_that_exist(page, command, made):
     known = {option for action in made()._actions for option in action.option_strings}

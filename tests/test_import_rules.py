@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"quant", "linalg"},
     "algorithms": {"models", "quant", "linalg"},
     "export": {"quant"},
-    "stream": {"models", "algorithms", "quant", "linalg"},
+    "stream": {"models", "algorithms", "quant", "linalg", "eval"},
     "verify": {"export", "eval", "quant", "stream"},
 }
 NO_TRANSFORMERS = {"quant", "linalg", "algorithms", "export", "config"}

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from llmc.eval.measure import Chunk
+from llmc.eval.perplexity import CrossEntropy
 from llmc.models import ModelAdapter, Subset, find_adapter
 from llmc.models.layouts import StoredLayout, layout_of
 from llmc.stream.batch import Batch
-from llmc.stream.calls import Recorded, record
+from llmc.stream.calls import Recorded, head_logits, record
 from llmc.stream.decoders import open_checkpoint
 from llmc.stream.decoding import Checkpoint
 from llmc.stream.headers import TensorEntry
@@ -121,3 +123,11 @@ def checkpoints(configs: Mapping[str, PreTrainedConfig], new_folder: Callable[[s
 def recorded(skeleton: Skeleton, ids: Tensor) -> Recorded:
     """How a loaded model calls its blocks on token ids ``[batch, tokens]``."""
     return record(skeleton, Batch(ids), torch.device("cpu"))
+
+
+def token_losses(skeleton: Skeleton, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Cross entropy ``[batch, tokens - 1]`` of each next token, by the loaded head on the last block's output."""
+    logits = head_logits(skeleton, hidden, ids)
+    measure = CrossEntropy()
+    measure.see(Chunk("pretrain", 0, 0, ids, logits[:, :-1]))
+    return measure.losses("pretrain")[0]

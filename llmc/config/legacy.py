@@ -161,7 +161,7 @@ def evals(value: object) -> tuple[object, ...]:
 
 
 def split_evals(value: object) -> list[tuple[int | None, object]]:
-    """One evaluation for each text: a section may name several, its path is then the folder that holds them.
+    """One evaluation for each type and text: a section may name several; of texts, its path is then their folder.
 
     Returns the evaluations, each with the index of the section it comes from (None if there was no list).
     """
@@ -180,7 +180,14 @@ def split_evals(value: object) -> list[tuple[int | None, object]]:
                 result.append((index, {**section, "name": name, "path": os.path.join(path, name)}))
             else:
                 result.append((index, {**section, "name": name}))
-    return result
+    return [(index, one) for index, section in result for one in _each_type(section)]
+
+
+def _each_type(section: object) -> list[object]:
+    types = section.get("type") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or not isinstance(types, list | tuple) or not types:
+        return [section]
+    return [{**section, "type": one} for one in types]
 
 
 Item = TypeVar("Item")
@@ -202,7 +209,7 @@ Preproc = Literal[
 ]  # fmt: skip
 EvalPosition = Literal["pretrain", "transformed", "fake_quant", "fake_quant_wo_kv"]
 EvalPositions = Annotated[tuple[EvalPosition, ...], BeforeValidator(listed)]
-EvalType = Literal["ppl", "acc", "vqa", "code", "generate_only", "token_acc", "decode_ppl"]
+EvalType = Literal["ppl", "acc", "vqa", "code", "generate_only", "token_acc", "decode_ppl", "lm_eval"]
 WeightGrain = Literal["per_tensor", "per_channel", "per_group", "per_head", "per_block", "per_cluster"]
 StreamGrain = Literal["per_tensor", "per_token", "per_group", "per_head", "per_cluster"]
 Pruner = Literal["Magnitude", "Wanda", "SparseGPT", "ShortGPT", "Dense", "TokenReduction"]
@@ -394,7 +401,8 @@ def _split_evaluations(document: Document) -> None:
                 section = added[0] = {key: value for key, value in section.items() if key != "eval_token_consist"}
                 if wanted:
                     document.note((*origin, "eval_token_consist"), "read as one more evaluation, of type 'token_acc'")
-                    added.append({**section, "type": "token_acc"})
+                    more = {**section, "type": "token_acc"}
+                    added += [more] if more not in (section, *result) else []
         for entry in added:
             document.moved["eval", len(result)] = origin
             result.append(entry)

@@ -8,10 +8,12 @@ from llmc.config import legacy
 from llmc.config.suggest import did_you_mean, refuse_if
 
 if TYPE_CHECKING:
-    from llmc.config.schema import EvalConfig
+    from llmc.config.schema import Config, EvalConfig
     from llmc.config.tensors import KvCacheConfig
 
 _FLOATS = ("e4m3", "e5m2")
+_NEEDS_MODEL = ("lm_eval", "generate_only")  # evaluations of what a run wrote, once it has finished
+_NO_MODEL = ("save_trans", "save_imatrix")  # formats that don't hold the compressed model
 
 
 def check_cache(cache: KvCacheConfig) -> KvCacheConfig:
@@ -35,15 +37,60 @@ def check_cache(cache: KvCacheConfig) -> KvCacheConfig:
 
 
 def check_evaluation(one: EvalConfig) -> EvalConfig:
-    """An evaluation of text knows its text, and how many tokens of it go together."""
+    """An evaluation of text knows its text, and how many tokens of it go together; one of tasks knows its tasks."""
+    _check_tasks(one)
     reads_text = one.type in ("ppl", "token_acc", "decode_ppl")
+    refuse_if(reads_text and not one.name, "name", f"missing; one of {', '.join(legacy.TEXT_EVALS)}")
     wanted = f"is not one of {', '.join(legacy.TEXT_EVALS)}{did_you_mean(one.name, legacy.TEXT_EVALS)}"
     refuse_if(reads_text and one.name not in legacy.TEXT_EVALS, "name", f"{one.name!r} {wanted}")
     refuse_if(one.name == "text" and not one.path, "path", "missing; name 'text' reads a local file or folder")
     blind, tokens = one.eval_pos and not one.seq_len, one.num_eval_tokens
     refuse_if(one.type == "ppl" and blind, "seq_len", "missing; perplexity needs the number of tokens in a window")
+    compares = one.type == "token_acc"
+    refuse_if(compares and blind, "seq_len", "missing; token_acc needs the number of tokens in a window")
+    alone = compares and set(one.eval_pos) == {"pretrain"}
+    refuse_if(alone, "eval_pos", "only pretrain: token_acc compares with it; add fake_quant, transformed or both")
     decodes = one.type == "decode_ppl"
     refuse_if(decodes and blind and not tokens, "seq_len", "missing; decode_ppl needs it, or num_eval_tokens")
+    refuse_if(one.type == "generate_only" and not one.path, "path", "missing; generate_only reads a file of prompts")
     more = decodes and one.seq_len and tokens and tokens > one.seq_len
     refuse_if(more, "num_eval_tokens", f"{tokens} is more than the {one.seq_len} tokens of a window (seq_len)")
     return one
+
+
+def _check_tasks(one: EvalConfig) -> None:
+    """Keys of tasks stand where they have a meaning, and those of a server together."""
+    asks = one.type == "lm_eval"
+    refuse_if(asks and not one.tasks, "tasks", "missing; lm_eval needs the names of tasks, such as [arc_easy]")
+    refuse_if(asks and one.name, "name", f"{one.name!r} has no use with lm_eval; list tasks in tasks")
+    refuse_if(asks and one.seq_len, "seq_len", "has no use with lm_eval; a model reads as much as it can")
+    for key in ("tasks", "num_fewshot", "limit", "server", "server_model", "confirm_run_unsafe_code"):
+        value = getattr(one, key)
+        refuse_if(not asks and value, key, f"has no use with type {one.type}, only with lm_eval")
+    part = one.limit is not None and one.limit > 1 and one.limit != int(one.limit)
+    refuse_if(part, "limit", f"{one.limit} is neither a number of documents nor a share below 1")
+    if one.server is None:
+        refuse_if(one.server_model, "server_model", "has no use without server")
+        return
+    web = one.server.startswith(("http://", "https://"))
+    refuse_if(not web, "server", f"{one.server!r} isn't an address such as http://127.0.0.1:8000/v1")
+    several = len(one.eval_pos) > 1
+    refuse_if(several, "eval_pos", "a server runs one model: name the one position that it is, such as [fake_quant]")
+
+
+def check_written(config: Config) -> None:
+    """Tasks and prompts are for what a run wrote, so it must write something."""
+    asked = {p for one in config.eval if one.type in _NEEDS_MODEL and one.server is None for p in one.eval_pos}
+    if not asked - {"pretrain"}:
+        return
+    written = {name for name, value in config.save if value is True}
+    text = "evaluations of type lm_eval and generate_only are done on what the run wrote"
+    refuse_if(
+        "transformed" in asked and "save_trans" not in written, "eval", f"{text}: transformed needs save.save_trans"
+    )
+    compressed = asked - {"pretrain", "transformed"}
+    refuse_if(
+        compressed and not written - set(_NO_MODEL),
+        "eval",
+        f"{text}: {min(compressed, default='')} needs save.save_path and a format, such as save.save_fake: True",
+    )

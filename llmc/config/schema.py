@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from llmc.config import legacy
-from llmc.config.rules import check_evaluation
+from llmc.config.rules import check_evaluation, check_written
 from llmc.config.section import Section
 from llmc.config.suggest import refuse_if
 from llmc.config.tensors import Act, KvCache, KvWindow, MixSetting, Weight, check_blocks
@@ -94,9 +94,11 @@ class EvalConfig(Section):
     """One evaluation: what to measure, on which text, and at which stages of the run."""
 
     eval_pos: legacy.EvalPositions = Field(description="Stages to evaluate; an empty list for none.")
-    type: legacy.EvalType = Field("ppl", description="What to measure.")
-    name: str = Field(description="Which data set; text is a local .txt, .jsonl, .parquet file or folder.")
-    path: str | None = Field(None, description="Where the data set lies.")
+    type: legacy.EvalType = Field("ppl", description="What to measure; a list measures all of it on the same text.")
+    name: str = Field("", description="Which data set; text is a local .txt, .jsonl, .parquet file or folder.")
+    path: str | None = Field(
+        None, description="Where the data set lies; for lm_eval a folder with task files; for generate_only prompts."
+    )
     download: bool = Field(False, description="Fetch the data set from the Hugging Face hub.")
     bs: int = Field(1, ge=1, description="Sequences in one forward pass.")
     seq_len: int | None = Field(None, ge=2, description="Tokens in one window.")
@@ -114,7 +116,18 @@ class EvalConfig(Section):
     add_chat_temp: bool = Field(False, description="Wrap every code task in the model's chat template.")
     num_workers: int = Field(8, ge=0, description="Processes that load data for acc.")
     statistics: bool = Field(False, description="Report statistics of vqa.")
-    tasks: legacy.Names = Field((), description="Names of evaluation tasks.")
+    tasks: legacy.Names = Field((), description="For lm_eval: names of its tasks and groups, or of those in path.")
+    num_fewshot: int | None = Field(
+        None, ge=0, description="For lm_eval: examples in a prompt; None: as a task has it."
+    )
+    limit: int | float | None = Field(
+        None, gt=0, description="For lm_eval: only the first so many documents of a task; below 1, such a share."
+    )
+    server: str | None = Field(
+        None, description="For lm_eval: an OpenAI-compatible server to ask, such as http://127.0.0.1:8000/v1."
+    )
+    server_model: str | None = Field(None, description="The model's name on the server; None: the only one it has.")
+    confirm_run_unsafe_code: bool = Field(False, description="For lm_eval: let tasks run code that the model wrote.")
 
     _together = model_validator(mode="after")(check_evaluation)
 
@@ -260,4 +273,5 @@ class Config(Section):
         compressed = {position for one in self.eval for position in one.eval_pos} - {"pretrain"}
         bare = compressed and not (self.quant or self.sparse)
         refuse_if(bare, "eval", f"{min(compressed, default='')} needs a section quant or sparse")
+        check_written(self)
         return self

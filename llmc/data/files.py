@@ -110,7 +110,7 @@ def load_file(fraction: PathFraction, wanted: str | None, render: Render | None)
     """
     suffix, origin = fraction.path.suffix.lower(), fraction.label
     if suffix == ".txt":
-        text = fraction.cut_text(_decode(fraction.path))
+        text = fraction.cut_text(decode(fraction.path))
         lines = [line.removesuffix("\r") for line in text.split("\n")]
         if render is not None:
             field = TextField("text", render)
@@ -162,7 +162,12 @@ def _line_start(text: str, fraction: float) -> int:
     return len(text) if end < 0 else end + 1
 
 
-def _decode(file: Path) -> str:
+def decode(file: Path) -> str:
+    """The text of a file in UTF-8, without a byte order mark.
+
+    Raises:
+        DataError: it can't be read, or isn't UTF-8.
+    """
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -180,7 +185,7 @@ def _decode(file: Path) -> str:
 
 
 def _jsonl_texts(fraction: PathFraction, wanted: str | None, render: Render | None) -> list[str]:
-    whole = _decode(fraction.path)
+    whole = decode(fraction.path)
     part = fraction.cut_text(whole)
     first = whole.count("\n", 0, _line_start(whole, fraction.start)) + 1
     field: TextField | None = None
@@ -189,7 +194,7 @@ def _jsonl_texts(fraction: PathFraction, wanted: str | None, render: Render | No
         if not line.strip():
             continue
         where = f"{fraction.path.name}, line {number}"
-        record = _json(line, where)
+        record = parse_json(line, where)
         if not isinstance(record, dict):
             raise DataError(f"{where} is {type(record).__name__}, not an object", 'write {"text": "..."} on each line')
         field = field or choose_field(list(record), wanted, render, fraction.path.name)
@@ -198,13 +203,18 @@ def _jsonl_texts(fraction: PathFraction, wanted: str | None, render: Render | No
 
 
 def _json_records(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    records = _json(_decode(file), file.name)
+    records = parse_json(decode(file), file.name)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise DataError(f"{file} isn't a JSON list of objects", 'write [{"question": "...", "answer": "..."}, ...]')
     return records, list(records[0]) if records else []
 
 
-def _json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str) -> Any:
+    """The value that a JSON text holds; ``where`` is for the error.
+
+    Raises:
+        DataError: it isn't JSON.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from .measure import Chunk, Text
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,38 @@ class Perplexity:
     window_losses: tuple[float, ...]
     kind: str = "ppl"
 
+    def details(self) -> str:
+        """Nothing: the number is all."""
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``metrics.json``."""
         return asdict(self)
+
+
+class CrossEntropy:
+    """Measures the cross entropy of each next token, in nats."""
+
+    compares = False
+
+    def __init__(self) -> None:
+        self._seen: dict[str, dict[int, list[Tensor]]] = {}
+
+    def see(self, chunk: Chunk) -> None:
+        """Keep the chunk's cross entropies, float32 ``[batch, n]``."""
+        target = chunk.targets
+        found = nn.functional.cross_entropy(chunk.logits.flatten(0, 1), target.flatten(), reduction="none")
+        self._seen.setdefault(chunk.state, {}).setdefault(chunk.batch, []).append(found.view_as(target).cpu())
+
+    def losses(self, state: str) -> list[Tensor]:
+        """For each batch float32 ``[batch, tokens - 1]``."""
+        return [torch.cat(parts, dim=1) for parts in self._seen[state].values()]
+
+    def result(self, kind: str, text: Text, position: str, state: str) -> Perplexity:
+        """The perplexity of a state, which the configuration calls ``position``."""
+        windows = mean_losses(self.losses(state))
+        about = (text.windows, text.seq_len, text.protocol, text.tokens_sha256)
+        return Perplexity(text.name, position, perplexity(windows), *about, windows, kind)
 
 
 def mean_losses(losses: Sequence[Tensor]) -> tuple[float, ...]:

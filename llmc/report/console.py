@@ -12,12 +12,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..eval.results import Generated, TaskScore, side_by_side
+from .evaluations import facts as evaluation_facts
+from .evaluations import line as evaluation_line
 from .experts import collapsed, fallbacks
 
 if TYPE_CHECKING:
+    from ..data.records import Found
+    from ..eval.measure import Evaluated
     from ..export import Exporter, Layer
     from ..exporting import Exported
     from ..plan import Estimate
+    from ..reevaluating import Reevaluated
     from ..run import Result
     from ..verify import Report
 
@@ -148,8 +154,8 @@ class Console:
     def summary(self, result: Result) -> None:
         """The numbers of a finished run, and where things are."""
         metrics = result.metrics
-        for one in result.perplexities:
-            self._rich.print(f"EVAL: {one.kind} on {one.name} is {one.value:.4f} ({one.position}: {one.protocol})")
+        self._evaluations(result.evaluations)
+        self.answers(result.answers)
         self._rich.print("\n[bold green]Done[/]" + (f" {self._task}" if self._task else ""))
         facts: dict[str, str] = {}
         if metrics["model"]["input"] is not None:
@@ -168,11 +174,7 @@ class Console:
             facts["dropped (influence)"] = ", ".join(dropped)
         if metrics["sparsity"] is not None:
             facts["sparsity"] = f"{metrics['sparsity']['mean']:.2%} of the weights in the pruned layers are zero"
-        for one in result.perplexities:
-            decoded = ", by decoding" if one.kind == "decode_ppl" else ""
-            facts[f"perplexity ({one.position}{decoded})"] = (
-                f"{one.value:.4f} on {one.name}, {one.windows} windows of {one.seq_len}"
-            )
+        facts |= evaluation_facts(result.evaluations)
         facts["time"] = duration(metrics["seconds"])
         facts["peak memory"] = human(metrics["peak_host_bytes"])
         if metrics["peak_device_bytes"]:
@@ -189,6 +191,24 @@ class Console:
         for name, output in result.outputs.items():
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
+
+    def answers(self, answers: Sequence[TaskScore | Generated]) -> None:
+        """A line for each score, and texts below their prompts."""
+        scores = [one.line for one in answers if isinstance(one, TaskScore)]
+        for line in (*scores, *side_by_side([one for one in answers if isinstance(one, Generated)])):
+            self._rich.print(line, markup=False)
+
+    def evaluated(self, done: Reevaluated) -> None:
+        """What was measured of a finished run, or of a model as it came."""
+        self._evaluations(done.evaluations)
+        self._rich.print("\n[bold green]Done[/]")
+        written = {} if done.written is None else {"all numbers": str(done.written)}
+        times = {"time": duration(done.seconds), "peak memory": human(done.peak_host)}
+        self._facts(evaluation_facts(done.evaluations) | times | written)
+
+    def _evaluations(self, evaluated: Sequence[Evaluated]) -> None:
+        for one in evaluated:
+            self._rich.print(evaluation_line(one), markup=False)
 
     def exported(self, done: Exported) -> None:
         """What was made from a finished run."""
@@ -218,6 +238,23 @@ class Console:
             self._rich.print(f"\n[bold yellow]can't be judged:[/] {escape(report.unjudged)}")
         else:
             self._rich.print("\n[bold green]clean[/]")
+
+    def data(self, found: Found) -> None:
+        """What a file of records holds, and each problem on a line of its own."""
+        for problem in found.problems[:_MOST_FINDINGS]:
+            self._rich.print(f"FOUND {problem}", markup=False)
+        if len(found.problems) > _MOST_FINDINGS:
+            self._rich.print(f"... and {len(found.problems) - _MOST_FINDINGS} more")
+        further = ", ".join(f"{name} ({count})" for name, count in sorted(found.further.items()))
+        self._facts(
+            {
+                "file": str(found.file),
+                "records": ", ".join(f"{count} {kind}" for kind, count in found.records.items()) or "none",
+                "text": f"{found.characters} characters",
+                **({"not read": further} if further else {}),
+                **({"wrong": f"{len(found.problems)} records"} if found.problems else {}),
+            }
+        )
 
     def _facts(self, facts: Mapping[str, str]) -> None:
         width = max(map(len, facts), default=0)

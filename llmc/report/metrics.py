@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..eval.perplexity import Perplexity
+from ..eval.measure import Evaluated
 from .experts import BlockExperts
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # of which 2 has more kinds of evaluations, and numbers of layers that may be missing
 _BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
 
 
@@ -44,7 +45,7 @@ def make_metrics(
     kv_scheme: Mapping[str, Any] | None,
     bits: float | None,
     influence: Mapping[str, Any] | None,
-    perplexities: Sequence[Perplexity],
+    evaluations: Sequence[Evaluated],
     outputs: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     calibration_tokens: int,
@@ -79,7 +80,7 @@ def make_metrics(
         "kv_scheme": kv_scheme,
         "bits_per_weight": bits,
         "blocks_dropped": influence,
-        "evaluation": [one.to_dict() for one in perplexities],
+        "evaluation": [one.to_dict() for one in evaluations],
         "outputs": {name: dict(output) for name, output in outputs.items()},
         "calibration_tokens": calibration_tokens,
         "seconds": round(measured.seconds, 2),
@@ -92,6 +93,18 @@ def make_metrics(
         "blocks": [{key: row[key] for key in _BLOCK_KEYS} for row in blocks],
         "config": dict(config),
     }
+
+
+def with_evaluations(metrics: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics with further evaluations; they take the place of those of the same thing by the same protocol."""
+    new = {_identity(entry) for entry in entries}
+    kept = [entry for entry in metrics["evaluation"] if _identity(entry) not in new]
+    return {**metrics, "schema": SCHEMA, "evaluation": [*kept, *entries]}
+
+
+def _identity(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What was measured; ``metric`` is there where one task has several."""
+    return tuple(entry.get(key) for key in ("kind", "name", "protocol", "position", "metric"))
 
 
 def _mean_sparsity(blocks: Sequence[Mapping[str, Any]]) -> float:

@@ -22,8 +22,6 @@ from ..errors import ModelError
 from .batch import Batch
 from .skeleton import EMBED, HEAD, Skeleton
 
-_HEAD_TOKENS = 256  # logits are made for so many tokens at a time: a large vocabulary would fill the memory
-
 
 @dataclass(frozen=True)
 class Call:
@@ -188,24 +186,20 @@ def _call_of(skeleton: Skeleton, index: int, recorder: _Recorder, expected: Tens
     raise ModelError(f"the model changes the hidden state in front of block {index}", "it needs an adapter of its own")
 
 
-def token_losses(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """Cross entropy ``[batch, tokens - 1]`` in nats of each next token, in float32, from the last block's output.
+def head_logits(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Logits ``[batch, n, vocabulary]`` in float32 of some tokens, from the last block's output.
 
-    The model's own forward does it, with recorders that return the saved ``hidden`` ``[batch, tokens, hidden]``: final
+    The model's own forward does it, with recorders that return the saved ``hidden`` ``[batch, n, hidden]``: final
     norm, soft-capping and un-embedding come out right for every architecture. What stands before the blocks is stubbed.
+
+    Args:
+        skeleton: the model, its head loaded.
+        hidden: of these tokens.
+        tokens: their ids, ``[batch, n]``.
     """
-    losses = []
-    count = tokens.shape[1]
-    for start in range(0, count - 1, _HEAD_TOKENS):
-        stop = min(start + _HEAD_TOKENS, count - 1)
-        part = hidden[:, start:stop]
-        with _recording(skeleton.blocks, part), _stubbed(skeleton, part):
-            logits = skeleton.model(input_ids=tokens[:, start:stop], use_cache=False).logits.float()
-        target = tokens[:, start + 1 : stop + 1]
-        losses.append(
-            nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-        )
-    return torch.cat(losses, dim=1)
+    with _recording(skeleton.blocks, hidden), _stubbed(skeleton, hidden):
+        logits: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
+    return logits.float()
 
 
 def _stubbed(skeleton: Skeleton, returned: Tensor) -> AbstractContextManager[None]:

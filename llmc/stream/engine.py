@@ -21,10 +21,10 @@ from .activations import ActivationStore
 from .attention import attending, attending_to_cache, cache_ranges
 from .batch import Batch
 from .blockwork import BlockWork, WorkContext
-from .calls import token_losses
 from .clustered import ClusteredBlock
 from .edges import Edges
 from .entrance import Entrance
+from .head import Head
 from .journal import Journal
 from .memory import give_back_memory, short_collections
 from .options import Batches, EngineOptions, Listener, Outcome
@@ -34,6 +34,7 @@ from .source import BlockSource
 from .stages import BlockRun, propagate
 
 _NONE = Batches(())
+_EVALUATED = ("eval", "decode")  # the kinds of streams that end at the head
 _COMPRESSED = ("fake_quant", "fake_quant_wo_kv")
 
 
@@ -47,7 +48,7 @@ class Engine:
         subsets: the subsets of each block.
         heads: attention geometry.
         calib: calibration batches.
-        evaluation: evaluation batches and positions.
+        evaluation: evaluation batches, and what is measured of them.
         decoding: the same to be evaluated as a decoder does: each token appended to a KV cache, attending to it.
         sinks: where units are written; the first whose weights are the compressed ones is read back by a resumed run.
         transformed: the sink of the transformed, unquantized model, if wanted.
@@ -85,7 +86,7 @@ class Engine:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
         self._skeleton, self._source, self._recipe = skeleton, source, recipe
         self._batches = {"calib": calib, "eval": evaluation, "decode": decoding}
-        self._measured = evaluation.positions | decoding.positions
+        self._measured = evaluation.states | decoding.states
         self._ranges: KvRanges | None = None
         self._clustered: ClusteredBlock | None = None
         self._sinks, self._transformed = sinks, transformed
@@ -120,11 +121,8 @@ class Engine:
         for index in range(first, self._count):
             if self._passed(index):
                 self._block(index)
-        outcome = Outcome(bytes_read=0)
-        self._head(embedding, outcome)
-        outcome.bytes_read = self._source.bytes_read
-        outcome.seconds = self._spent
-        return outcome
+        self._head(embedding)
+        return Outcome(self._source.bytes_read, self._spent)
 
     # --- before the blocks -------------------------------------------------------------------------------------------
 
@@ -151,9 +149,9 @@ class Engine:
             wanted["calib.original"] = self._batches["calib"].batches
         if self._recipe.compressed_stream:
             wanted["calib.compressed"] = self._batches["calib"].batches
-        for kind in ("eval", "decode"):
-            for position in sorted(self._batches[kind].positions):
-                wanted[f"{kind}.{position}"] = self._batches[kind].batches
+        for kind in _EVALUATED:
+            for state in sorted(self._batches[kind].states):
+                wanted[f"{kind}.{state}"] = self._batches[kind].batches
         return wanted
 
     def _restore(self) -> int:
@@ -292,7 +290,7 @@ class Engine:
         return attending_to_cache(self._skeleton.model, kv, self._ranges, decode=kind == "decode", rotation=keys)
 
     def _evaluate(self, index: int, *states: str) -> None:
-        for stream in (f"{kind}.{state}" for state in states for kind in ("eval", "decode")):
+        for stream in (f"{kind}.{state}" for state in states for kind in _EVALUATED):
             run = self._run(index, stream)
             if run is not None:
                 self._timed("evaluate", partial(propagate, run))
@@ -329,32 +327,15 @@ class Engine:
 
     # --- behind the blocks -------------------------------------------------------------------------------------------
 
-    def _head(self, embedding: dict[str, Tensor], outcome: Outcome) -> None:
+    def _head(self, embedding: dict[str, Tensor]) -> None:
         self._listener.phase("head")
         raw = self._source.take(HEAD)
         changed = self._edges.head(raw, embedding)
         self._write_through(HEAD, changed)
-        if not self._measured:
-            return
-        losses = {"eval": outcome.losses, "decode": outcome.decoded}
-        streams = [f"{kind}.{position}" for kind in losses for position in sorted(self._batches[kind].positions)]
-        for weights, names in self._edges.by_state(raw, changed, streams):
-            tied = embedding if weights is raw else {}
-            self._skeleton.load(weights | tied)
-            if tied:
-                self._skeleton.tie()
-            for name in names:
-                kind, _, position = name.partition(".")
-                self._listener.phase(f"perplexity ({position})")
-                losses[kind][position] = self._timed("evaluate", partial(self._losses, kind, position))
-            self._skeleton.release_unit(HEAD)
-
-    def _losses(self, kind: str, position: str) -> list[Tensor]:
-        stream = self._store.streams[f"{kind}.{position}"]
-        return [
-            token_losses(self._skeleton, stream.load(index, self._device), batch.tokens.to(self._device)).cpu()
-            for index, batch in enumerate(self._batches[kind].batches)
-        ]
+        if self._measured:
+            texts = {kind: self._batches[kind] for kind in _EVALUATED}
+            head = Head(self._skeleton, self._edges, self._store, self._device)
+            self._timed("evaluate", lambda: head.show(raw, changed, embedding, texts))
 
     def _write_through(self, unit: str, raw: dict[str, Tensor]) -> None:
         """Embedding and head go to every output alike."""

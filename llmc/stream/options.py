@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
-
+from ..eval.measure import Watch
 from .batch import Batch
 
 
@@ -24,12 +23,37 @@ class Listener(Protocol):
         """What is going on now."""
 
 
+class Silent:
+    """A listener that doesn't care."""
+
+    def started(self, blocks: int, done: int) -> None:
+        """Ignore."""
+
+    def block(self, index: int, row: Mapping[str, Any]) -> None:
+        """Ignore."""
+
+    def phase(self, text: str) -> None:
+        """Ignore."""
+
+
 @dataclass(frozen=True)
 class Batches:
-    """What the model is given, and its states that it is run through."""
+    """What the model is given, and what is measured of it.
+
+    Attributes:
+        batches: the tokens.
+        watches: the measures.
+        last: whether they are shown the logits of each sequence's last token too, behind which the text ends.
+    """
 
     batches: Sequence[Batch]
-    positions: frozenset[str] = frozenset()
+    watches: Sequence[Watch] = ()
+    last: bool = False
+
+    @property
+    def states(self) -> frozenset[str]:
+        """The states of the model that it is run through."""
+        return frozenset[str]().union(*(watch.streams for watch in self.watches))
 
 
 @dataclass(frozen=True)
@@ -47,16 +71,12 @@ class EngineOptions:
 
 @dataclass
 class Outcome:
-    """What a pass measured.
+    """What a pass cost.
 
     Attributes:
-        losses: for each evaluated state, one ``[batch, tokens - 1]`` cross entropy per evaluation batch.
-        decoded: the same of the batches that were decoded token by token.
         bytes_read: bytes of tensor data read from the checkpoint.
         seconds: time in this process by kind of work.
     """
 
-    losses: dict[str, list[Tensor]] = field(default_factory=dict)
-    decoded: dict[str, list[Tensor]] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

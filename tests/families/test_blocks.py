@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import recorded
+from tiny import recorded, token_losses
 from torch import nn
 
-from llmc.stream.calls import token_losses
 from llmc.stream.skeleton import EMBED, HEAD
 
 LENGTH = 12  # longer than windows and chunks of attention

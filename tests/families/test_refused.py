@@ -7,7 +7,7 @@ import remote_code as remote
 import torch
 import transformers as t
 from family_configs import BLOOM, CONFIGS, OWN_ATTENTION
-from tiny import recorded
+from tiny import recorded, token_losses
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -15,7 +15,6 @@ from llmc.algorithms import awq
 from llmc.errors import ModelError
 from llmc.models import check_reorderable, find_adapter, residual_of
 from llmc.stream.attention import CachedAttention, attending, check_attention
-from llmc.stream.calls import token_losses
 
 
 def subsets_of(config: PreTrainedConfig):

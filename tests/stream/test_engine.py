@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 from llmc.algorithms import Frame, Ignored, Recipe, make_recipe
 from llmc.algorithms.gptq import GPTQOptions
 from llmc.errors import CheckpointError, RunError
-from llmc.eval.perplexity import mean_losses, perplexity
+from llmc.eval.measure import Watch
+from llmc.eval.perplexity import CrossEntropy, mean_losses, perplexity
 from llmc.export import read_config
 from llmc.export.dense import FakeQuant, Transformed
 from llmc.export.vllm import VLLM
@@ -27,7 +28,7 @@ from llmc.quant import ActSpec, Fp8Grid, IntGrid, KvSpec, PerGroup, PerTensor, Q
 from llmc.stream import engine as engine_module
 from llmc.stream.activations import ActivationStore
 from llmc.stream.batch import Batch
-from llmc.stream.engine import Batches, Engine, EngineOptions, Outcome
+from llmc.stream.engine import Batches, Engine, EngineOptions
 from llmc.stream.files import write_json
 from llmc.stream.journal import Journal
 from llmc.stream.sink import Sink
@@ -63,6 +64,21 @@ class Witness:
 
     def phase(self, text: str) -> None:
         pass
+
+
+@dataclass
+class Seen:
+    """What a pass measured, and read.
+
+    Attributes:
+        losses: for each evaluated state, one ``[batch, tokens - 1]`` cross entropy per evaluation batch.
+        decoded: the same of the batches that were decoded token by token.
+        bytes_read: of the checkpoint.
+    """
+
+    losses: dict[str, list[Tensor]]
+    decoded: dict[str, list[Tensor]]
+    bytes_read: int
 
 
 @dataclass
@@ -105,7 +121,7 @@ class Pass:
             made.append(Sink(folder, exporter, UNITS, lambda path, record: None))
         return made
 
-    def run(self, fatal: int | None = None) -> Outcome:
+    def run(self, fatal: int | None = None) -> Seen:
         state = self.folder / "state"
         state.mkdir(parents=True, exist_ok=True)
         self.witness = Witness(fatal)
@@ -117,15 +133,21 @@ class Pass:
         if recipe.at_load:
             declared = residual_of(self.tiny.adapter, config, subsets[0])
             frame = Frame(subsets, heads, declared, config.hidden_size, seed=0, ffn=128)
+        texts = list(map(Batch, self.evaluation))
+        measures = [CrossEntropy(), CrossEntropy()]
+        watches = [
+            Watch(measure, range(len(texts)), frozenset(states))
+            for measure, states in zip(measures, (self.positions, self.decoded), strict=True)
+        ]
         try:
-            return Engine(
+            outcome = Engine(
                 skeleton=skeleton,
                 source=source,
                 recipe=recipe,
                 subsets=subsets,
                 heads=heads,
                 calib=Batches(list(map(Batch, self.calib))),
-                evaluation=Batches(list(map(Batch, self.evaluation)), frozenset(self.positions)),
+                evaluation=Batches(texts, watches[:1]),
                 sinks=[sink for sink in sinks if not sink.format.transformed_only],
                 transformed=next((sink for sink in sinks if sink.format.transformed_only), None),
                 store=ActivationStore(state, self.budget),
@@ -134,10 +156,15 @@ class Pass:
                 options=EngineOptions(forward=self.forward, checkpoint_every=self.checkpoint_every),
                 listener=self.witness,
                 frame=frame,
-                decoding=Batches(list(map(Batch, self.evaluation)), frozenset(self.decoded)),
+                decoding=Batches(texts, watches[1:]),
             ).run()
         finally:
             source.close()
+        losses = [
+            {state: measure.losses(state) for state in states}
+            for measure, states in zip(measures, (self.positions, self.decoded), strict=True)
+        ]
+        return Seen(*losses, outcome.bytes_read)
 
     def shards(self) -> dict[str, bytes]:
         files = sorted(self.folder.glob("*/model-*.safetensors"))
@@ -169,16 +196,16 @@ def passes(tmp_path, tokens) -> Callable[..., Pass]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> dict[str, tuple[dict[str, bytes], Outcome]]:
+def undisturbed() -> dict[str, tuple[dict[str, bytes], Seen]]:
     """Shards and outcome of a whole pass, by method."""
     return {}
 
 
 @pytest.fixture
-def calm(llama, passes, undisturbed) -> Callable[[str], tuple[dict[str, bytes], Outcome]]:
+def calm(llama, passes, undisturbed) -> Callable[[str], tuple[dict[str, bytes], Seen]]:
     """Shards and outcome of a method's whole pass over the tiny llama."""
 
-    def get(method: str) -> tuple[dict[str, bytes], Outcome]:
+    def get(method: str) -> tuple[dict[str, bytes], Seen]:
         if method not in undisturbed:
             one = passes(llama, method=method)
             outcome = one.run()

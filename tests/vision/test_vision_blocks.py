@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
+from tiny import token_losses
 from tiny_vision import BLOCKS, IMAGE, image_sample, text_sample
 from torch import nn
 
-from llmc.stream.calls import record, token_losses
+from llmc.stream.calls import record
 from llmc.stream.skeleton import EMBED, HEAD
 
 CPU = torch.device("cpu")
