@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .prepare import Prepared
 from .stream.activations import ActivationStore
+from .stream.analysis import AnalysisPlan
 from .stream.engine import Engine
 from .stream.journal import Journal
 from .stream.options import Batches, EngineOptions, Listener
@@ -29,6 +30,7 @@ def make_engine(
     calib: Batches = NOTHING,
     evaluation: Batches = NOTHING,
     decoding: Batches = NOTHING,
+    analysis: AnalysisPlan | None = None,
 ) -> Engine:
     """An engine over a model's blocks; see ``Engine`` for what its arguments are."""
     return Engine(
@@ -49,4 +51,5 @@ def make_engine(
         listener=listener,
         frame=prepared.frame,
         dropped=dropped,
+        analysis=analysis,
     )

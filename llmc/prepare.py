@@ -11,6 +11,7 @@ from torch import nn
 from transformers import set_seed
 
 from .algorithms import Frame, Online, Recipe
+from .analyzing import Sample, analysis_sample, check_surfaces
 from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
 from .errors import ConfigError, ExportError
@@ -68,6 +69,7 @@ class Prepared:
     warnings: list[str]
     estimate: Estimate
     frame: Frame | None
+    sample: Sample
     jobs: Jobs = field(default_factory=Jobs)
 
     @property
@@ -152,13 +154,14 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
         if "eval" in texts:
             evaluations = evaluations_of(config, tokenizer)
         check_tokens(folder, _vocabulary(skeleton), calib, evaluations)
+    sample = analysis_sample(config.report, recipe, calib, evaluations)
     estimate = make_estimate(
         skeleton,
         checkpoint,
         layers,
         exporters,
         calib_tokens=sum(batch.tokens.numel() for batch in calib),
-        eval_tokens=Measuring(evaluations, recipe.kv).stream_tokens,
+        eval_tokens=Measuring(evaluations, recipe.kv).stream_tokens + 2 * sample.tokens,
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
@@ -182,6 +185,7 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
         warnings,
         estimate,
         frame,
+        sample,
     )
     if "eval" not in texts:
         return prepared
@@ -252,6 +256,7 @@ def _check_recipe(
             check_reorderable(own)
         _check_clustered(config, recipe, skeleton)
     _check_dropping(recipe, len(skeleton.blocks))
+    check_surfaces(config.report, len(skeleton.blocks))
 
 
 def _check_heads(subsets: Sequence[tuple[Subset, ...]]) -> None:

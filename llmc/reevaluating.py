@@ -16,9 +16,8 @@ from .finished import open_finished, prepare_again, read_metrics
 from .measuring import Measuring
 from .prepare import Prepared, prepare
 from .report.metrics import with_evaluations
-from .run import peak_host_memory
 from .stream.files import write_json
-from .stream.memory import give_back_memory, share_heap
+from .stream.memory import give_back_memory, peak_host_memory, share_heap
 from .stream.options import Listener
 from .workspace import METRICS
 

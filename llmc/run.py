@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 
 from . import __version__
 from .algorithms import options_types
+from .analyzing import analysis_plan, finish_analysis
 from .config import LoadedConfig, load_config
 from .errors import LlmcError, RunError
 from .eval.measure import Evaluated
@@ -36,7 +36,7 @@ from .stream.activations import ActivationStore
 from .stream.files import write_json
 from .stream.headers import headers_digest
 from .stream.journal import Journal
-from .stream.memory import give_back_memory, share_heap
+from .stream.memory import give_back_memory, peak_host_memory, share_heap
 from .stream.options import Batches, EngineOptions, Listener, Silent
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
@@ -136,6 +136,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             calib=Batches(prepared.calib),
             evaluation=measuring.prefilled,
             decoding=measuring.decoded,
+            analysis=analysis_plan(prepared, selection, workspace.state if kept else None),
         ).run()
         layers = kept_layers(prepared.layers, selection)
         evaluations = measuring.results()
@@ -146,7 +147,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             by_kind=surveyed.seconds | outcome.seconds,
             bytes_read=outcome.bytes_read,
             peak_host=peak_host_memory(),
-            peak_device=torch.cuda.max_memory_allocated(prepared.device) if prepared.device.type == "cuda" else 0,
+            peak_device=outcome.peak_device,
         )
         act = prepared.recipe.act or prepared.recipe.clustered
         metrics = make_metrics(
@@ -172,6 +173,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             outputs=outputs,
             rows=journal.rows,
             calibration_tokens=sum(batch.tokens.numel() for batch in prepared.calib),
+            analysis=finish_analysis(prepared, workspace.state, workspace.path),
             measured=measured,
         )
         store.drop_mapped()
@@ -206,6 +208,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
         resolved.get("base", {}).pop(key, None)
     resolved.get("save", {}).pop("on_existing", None)
     resolved.get("save", {}).pop("save_path", None)
+    resolved.get("report", {}).pop("html", None)
     return {
         "configuration": json.dumps(resolved, sort_keys=True),
         "calibration text": tokens_digest([tensor for batch in prepared.calib for tensor in batch.tensors]),
@@ -308,11 +311,3 @@ def stored_source(prepared: Prepared, selection: BlockSelection) -> Source:
     model = prepared.skeleton.model.config.get_text_config()
     complete = model.to_dict() if prepared.frame is None else with_own_head(model.to_dict())
     return Source(prepared.folder, selection.config(complete, model), images=prepared.skeleton.images is not None)
-
-
-def peak_host_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024

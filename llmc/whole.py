@@ -39,11 +39,9 @@ class WholeModel:
 
     def load(self) -> PreTrainedModel:
         """All of it, on the device."""
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=self.dtype, trust_remote_code=self.trusted
-        )
-        model.to(self.device)  # type: ignore[arg-type]
-        return model.eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype, trust_remote_code=self.trusted)
+        loaded: PreTrainedModel = model.to(self.device).eval().requires_grad_(False)
+        return loaded
 
 
 def why_not_whole(prepared: Prepared, position: str) -> str:

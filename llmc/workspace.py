@@ -20,9 +20,10 @@ from .stream.sink import Sink
 
 STATE = ".llmc"
 METRICS = "metrics.json"
+SURFACES = "surfaces.safetensors"
 _FINGERPRINT = "fingerprint.json"
 CONFIG = "config.json"
-_OURS = {STATE, METRICS, *(exporter.folder for exporter in EXPORTERS)}
+_OURS = {STATE, METRICS, SURFACES, *(exporter.folder for exporter in EXPORTERS)}
 
 OnExisting = Literal["fail", "overwrite", "resume"] | None
 

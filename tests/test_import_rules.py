@@ -16,15 +16,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "quant": set(),
     "linalg": set(),
+    "analysis": set(),
     "data": set(),
     "eval": {"quant", "linalg", "models", "data"},
     "models": {"quant", "linalg"},
     "algorithms": {"models", "quant", "linalg"},
     "export": {"quant"},
-    "stream": {"models", "algorithms", "quant", "linalg", "eval"},
+    "stream": {"models", "algorithms", "quant", "linalg", "analysis", "eval"},
     "verify": {"export", "eval", "quant", "stream"},
 }
-NO_TRANSFORMERS = {"quant", "linalg", "algorithms", "export", "config"}
+NO_TRANSFORMERS = {"quant", "linalg", "analysis", "algorithms", "export", "config"}
 CONVERSION = {"transformers.core_model_loading", "transformers.conversion_mapping"}
 
 

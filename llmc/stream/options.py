@@ -76,7 +76,9 @@ class Outcome:
     Attributes:
         bytes_read: bytes of tensor data read from the checkpoint.
         seconds: time in this process by kind of work.
+        peak_device: largest allocation on the device, bytes; 0 where that is the host.
     """
 
     bytes_read: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_device: int = 0
