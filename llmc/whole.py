@@ -43,7 +43,8 @@ class WholeModel:
             self.folder, dtype=self.dtype, trust_remote_code=self.trusted
         )
         model.to(self.device)  # type: ignore[arg-type]
-        return model.eval().requires_grad_(False)
+        model.requires_grad_(False)
+        return model  # from_pretrained leaves it as it is evaluated
 
 
 def why_not_whole(prepared: Prepared, position: str) -> str:
