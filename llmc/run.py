@@ -181,12 +181,23 @@ def run(prepared: Prepared, listener: Listener) -> Result:
     return _with_answers(prepared, result, listener)
 
 
+class _Phases(Silent):
+    """A listener that hears what goes on once the blocks are finished, and nothing more of them."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def phase(self, text: str) -> None:
+        """Pass it on."""
+        self._listener.phase(text)
+
+
 def _with_answers(prepared: Prepared, result: Result, listener: Listener) -> Result:
     """The result with what tasks and prompts found, which are asked of what a finished run has written."""
     if not prepared.jobs:
         return result
     try:
-        answers = run_jobs(prepared, result.save_path, listener)
+        answers = run_jobs(prepared, result.save_path, _Phases(listener))
     except LlmcError as problem:
         where = "" if result.save_path is None else f" and written ({result.save_path})"
         raise RunError(f"the run is done{where}, but not its tasks: {problem.message}", problem.remedy) from problem
