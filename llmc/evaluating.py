@@ -26,6 +26,8 @@ from .stream.skeleton import EMBED, HEAD
 from .stream.source import BlockSource
 from .surveying import host_memory
 
+_STATES = {ORIGINAL, "transformed", "fake_quant", "fake_quant_wo_kv"}
+
 Visit = Callable[[int, int, Tensor], None]
 """Called with the number of a batch, its first token here, and logits, float32 ``[batch, tokens, vocabulary]``."""
 
@@ -58,7 +60,10 @@ class Evaluable:
 
         Raises:
             RunError: names the position.
+            ValueError: there is no such position at all.
         """
+        if unknown := states - _STATES:
+            raise ValueError(f"{min(unknown)} is no state of a model; there are {', '.join(sorted(_STATES))}")
         if "transformed" in states and self.transformed is None:
             raise RunError(
                 "eval_pos: transformed: the run kept no weights from before they were rounded",
@@ -88,6 +93,7 @@ def stream_logits(
 
     Raises:
         RunError: the model has no such state, or a file of it is missing or damaged.
+        ValueError: nothing has such a state.
     """
     if not batches:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .report.metrics import with_evaluations
 from .stream.files import write_json
 from .stream.memory import give_back_memory, peak_host_memory, share_heap
 from .stream.options import Listener
+from .tasking import Answered, run_jobs
 from .workspace import METRICS
 
 _MODEL_SECTIONS = ("quant", "sparse", "ignored_layers")
@@ -31,6 +32,7 @@ class Reevaluated:
 
     Attributes:
         evaluations: the numbers.
+        answers: what tasks and prompts found.
         written: the file that holds them now; None if none does.
         seconds: wall time.
         peak_host: largest resident size of this process, bytes.
@@ -38,6 +40,7 @@ class Reevaluated:
     """
 
     evaluations: list[Evaluated]
+    answers: list[Answered]
     written: Path | None
     seconds: float
     peak_host: int
@@ -84,12 +87,20 @@ def reevaluate(loaded: LoadedConfig, run: Path | None, *, write: bool, listener:
     share_heap()
     give_back_memory()  # of the tokenizer
     measuring = Measuring(opened.prepared.evaluations, opened.prepared.recipe.kv)
-    go_through(opened.evaluable(measuring.states), measuring.prefilled, measuring.decoded, _Passing(listener))
-    results, written = measuring.results(), None
-    if write and opened.folder is not None:
-        written = opened.folder / METRICS
-        write_json(written, with_evaluations(opened.metrics, [one.to_dict() for one in results]))
-    return Reevaluated(results, written, time.perf_counter() - started, peak_host_memory(), opened.warnings)
+    passing = _Passing(listener)
+    if measuring.states:
+        go_through(opened.evaluable(measuring.states), measuring.prefilled, measuring.decoded, passing)
+    results = measuring.results()
+    written = opened.folder / METRICS if write and opened.folder is not None else None
+    _write(written, opened.metrics, results)  # whatever becomes of a server that is asked next
+    answers = run_jobs(opened.prepared, opened.folder, passing)
+    _write(written, opened.metrics, [*results, *answers])
+    return Reevaluated(results, answers, written, time.perf_counter() - started, peak_host_memory(), opened.warnings)
+
+
+def _write(file: Path | None, metrics: Mapping[str, Any], found: Sequence[Evaluated | Answered]) -> None:
+    if file is not None and found:
+        write_json(file, with_evaluations(metrics, [one.to_dict() for one in found]))
 
 
 def _open(loaded: LoadedConfig, run: Path | None) -> _Opened:

@@ -31,7 +31,7 @@ from .passing import make_engine
 from .plan import bits_per_weight, free_disk, original_bytes
 from .prepare import Prepared, prepare
 from .quant import Scheme
-from .report.metrics import Measured, make_metrics
+from .report.metrics import Measured, make_metrics, with_evaluations
 from .stream.activations import ActivationStore
 from .stream.files import write_json
 from .stream.headers import headers_digest
@@ -42,7 +42,7 @@ from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .stream.source import BlockSource
 from .surveying import host_memory, kept_layers, survey
-from .tasking import Answered, add_answers, run_jobs
+from .tasking import Answered, run_jobs
 from .translate import mixed_schemes
 from .workspace import METRICS, Workspace, tokens_digest
 
@@ -183,16 +183,27 @@ def run(prepared: Prepared, listener: Listener) -> Result:
     return _with_answers(prepared, result, listener)
 
 
+class _Phases(Silent):
+    """A listener that hears what goes on once the blocks are finished, and nothing more of them."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def phase(self, text: str) -> None:
+        """Pass it on."""
+        self._listener.phase(text)
+
+
 def _with_answers(prepared: Prepared, result: Result, listener: Listener) -> Result:
     """The result with what tasks and prompts found, which are asked of what a finished run has written."""
     if not prepared.jobs:
         return result
     try:
-        answers = run_jobs(prepared, result.save_path, listener)
+        answers = run_jobs(prepared, result.save_path, _Phases(listener))
     except LlmcError as problem:
         where = "" if result.save_path is None else f" and written ({result.save_path})"
         raise RunError(f"the run is done{where}, but not its tasks: {problem.message}", problem.remedy) from problem
-    metrics = add_answers(result.metrics, answers)
+    metrics = with_evaluations(result.metrics, [one.to_dict() for one in answers])
     if result.save_path is not None:
         write_json(result.save_path / METRICS, metrics)
     return replace(result, answers=answers, metrics=metrics)

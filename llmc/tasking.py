@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,9 @@ from .eval.server import Server
 from .evaluating import Evaluable, stream_logits
 from .finished import open_finished, read_metrics
 from .jobs import PromptJob, TaskJob, depends_on_batch
-from .stream.files import write_json
 from .stream.memory import give_back_memory
 from .stream.options import Listener
 from .whole import whole_model, why_not_whole
-from .workspace import METRICS
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -144,26 +141,4 @@ def _continue(states: States, job: PromptJob, position: str) -> Generated:
         give_back_memory()
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
     samples = tuple(Continued(*pair) for pair in zip(job.prompts, texts, strict=True))
-    return Generated(section.name or PROMPTS_NAME, position, samples, job.protocol)
-
-
-PROMPTS_NAME = "prompts"
-
-
-def add_answers(metrics: Mapping[str, Any], answers: Sequence[Answered]) -> dict[str, Any]:
-    """``metrics.json`` with these answers, in the place of earlier ones to the same questions."""
-    new = [one.to_dict() for one in answers]
-    asked = {_question(one) for one in new}
-    kept = [one for one in metrics["evaluation"] if _question(one) not in asked]
-    return {**metrics, "evaluation": [*kept, *new]}
-
-
-def _question(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(entry.get(key) for key in ("kind", "name", "position", "protocol", "metric"))
-
-
-def write_answers(run: Path, answers: Sequence[Answered]) -> dict[str, Any]:
-    """Add answers to a finished run's ``metrics.json``; returns what is there now."""
-    metrics = add_answers(read_metrics(run), answers)
-    write_json(run / METRICS, json.loads(json.dumps(metrics)))
-    return metrics
+    return Generated(section.name or Path(section.path or "").name, position, samples, job.protocol)

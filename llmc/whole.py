@@ -39,9 +39,12 @@ class WholeModel:
 
     def load(self) -> PreTrainedModel:
         """All of it, on the device."""
-        model: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype, trust_remote_code=self.trusted)
-        loaded: PreTrainedModel = model.to(self.device).eval().requires_grad_(False)
-        return loaded
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=self.dtype, trust_remote_code=self.trusted
+        )
+        model.to(self.device)  # type: ignore[arg-type]
+        model.requires_grad_(False)
+        return model  # from_pretrained leaves it as it is evaluated
 
 
 def why_not_whole(prepared: Prepared, position: str) -> str:

@@ -201,6 +201,7 @@ class Console:
     def evaluated(self, done: Reevaluated) -> None:
         """What was measured of a finished run, or of a model as it came."""
         self._evaluations(done.evaluations)
+        self.answers(done.answers)
         self._rich.print("\n[bold green]Done[/]")
         written = {} if done.written is None else {"all numbers": str(done.written)}
         times = {"time": duration(done.seconds), "peak memory": human(done.peak_host)}

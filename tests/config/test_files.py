@@ -232,6 +232,19 @@ def test_gptq_fp8(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_several_types_are_several_evaluations_of_each_text() -> None:
+    text = {"eval_pos": ["fake_quant"], "download": True, "seq_len": 64, "eval_token_consist": True}
+    content = {
+        "model": {"path": "model"},
+        "eval": {**text, "name": ["wikitext2", "c4"], "type": ["ppl", "token_acc"]},
+        "quant": {"method": "RTN", "weight": {"bit": 4, "symmetric": True, "granularity": "per_channel"}},
+    }
+    loaded = load_config(content)
+    found = [(one.name, one.type) for one in loaded.config.eval]
+    assert found == [(name, kind) for name in ("wikitext2", "c4") for kind in ("ppl", "token_acc")]
+    assert load_config(loaded.resolved).config == loaded.config
+
+
 def test_smoothquant_with_anchors(tmp_path: Path) -> None:
     loaded = load(tmp_path, SMOOTH_ANCHORS)
     config = loaded.config

@@ -180,6 +180,8 @@ def test_logits_of_any_batches_are_those_of_the_whole_model(case, source_of, mon
             torch.testing.assert_close(logits, model(input_ids=sequence[None]).logits[0], rtol=1e-4, atol=1e-4)
     with pytest.raises(RunError, match="eval_pos: transformed"):
         stream_logits(done, "transformed", batches, lambda *seen: None)
+    with pytest.raises(ValueError, match="quantized is no state"):
+        stream_logits(done, "quantized", batches, lambda *seen: None)
     original = Evaluable.original(done.prepared)
     with pytest.raises(RunError, match="there is no compressed model"):
         stream_logits(original, "fake_quant", batches, lambda *seen: None)

@@ -86,6 +86,23 @@ def test_tasks_in_a_run_are_those_of_its_folder(case, asking, own, capsys):
     assert rolling[0] != rolling[1]
 
 
+def test_a_finished_run_is_asked_what_it_was_not(case, asking, prompts, capsys):
+    run = case(eval=[asking(tasks=["own_choices"]), prompts])
+    answers = [one.to_dict() for one in run.compress().answers]
+    file = run.save_path / "metrics.json"
+    whole = json.loads(file.read_text())
+    assert whole["evaluation"] == answers and len(answers) == 6
+    file.write_text(json.dumps(whole | {"evaluation": answers[:1]}))
+    capsys.readouterr()
+    assert main(["eval", *run.arguments]) == 0
+    assert json.loads(file.read_text()) == whole
+    shown = capsys.readouterr().out
+    assert f"EVAL: own_choices acc_norm is {answers[3]['value']:.4f} (fake_quant)" in shown
+    texts = {one["position"]: one["samples"][0]["text"] for one in answers[4:]}
+    lines = [f"  {position:<10}  {text!r}" for position, text in texts.items()]
+    assert "\n".join(["PROMPT 1: 'w1 w2 w3'", *lines]) in shown
+
+
 def test_text_is_continued_as_by_the_whole_model(case, prompts, capsys):
     run = case(eval=[prompts])
     result = run.compress()

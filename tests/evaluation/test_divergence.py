@@ -69,6 +69,18 @@ def test_a_result_puts_chunks_together():
     assert f"{found.value:.2%} of the best tokens" in facts([found])["like the original (fake_quant_wo_kv)"]
 
 
+def test_cross_entropies_are_the_same_in_chunks_and_at_once():
+    tokens, logits = torch.arange(10)[None].repeat(2, 1), random_logits(2, 9, 40, seed=5)
+    whole, parts = CrossEntropy(), CrossEntropy()
+    whole.see(Chunk("pretrain", 0, 0, tokens, logits))
+    for start in (0, 4, 8):
+        parts.see(Chunk("pretrain", 0, start, tokens, logits[:, start : start + 4]))
+    expected = -logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    for measure in (whole, parts):
+        torch.testing.assert_close(measure.losses("pretrain")[0], expected)
+    assert parts.result("ppl", TEXT, "pretrain", "pretrain") == whole.result("ppl", TEXT, "pretrain", "pretrain")
+
+
 def test_a_comparison_needs_the_original():
     with pytest.raises(ValueError, match="original's logits"):
         Divergence().see(Chunk("fake_quant", 0, 0, torch.zeros(1, 2), torch.zeros(1, 1, 3)))
