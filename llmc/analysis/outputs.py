@@ -43,7 +43,7 @@ class OutputComparison:
 
     @property
     def cosine(self) -> float:
-        """``y·y' / (|y| |y'|)`` over all tokens and channels at once, where ``2 y·y' = |y|² + |y'|² - |y' - y|²``; NaN if
-        either is 0."""
+        """``y·y' / (|y| |y'|)`` over all tokens and channels at once; NaN if either is 0. The product is that of
+        ``2 y·y' = |y|² + |y'|² - |y' - y|²``."""
         size = math.sqrt(self._exact * self._changed)
         return (self._exact + self._changed - self._noise) / 2 / size if size else math.nan
