@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**18  # elements in float64: what fits into a cache
+_AT_ONCE = 2**17  # elements in float64: what fits into a cache
 _RESOLUTION = 2.0**-24  # half of float32's
 
 
@@ -32,18 +32,12 @@ class Moments:
     @classmethod
     def of(cls, values: Tensor, dim: int) -> Moments:
         """Of the samples along a dimension; values of any float dtype. Two passes: first the mean, then powers."""
-        exact = values.double()
-        mean = exact.mean(dim, keepdim=True)
-        deviation = exact - mean
-        squares = deviation.square()
+        deviation = values.to(torch.float64, copy=True)
+        mean = deviation.mean(dim, keepdim=True)
+        squares = deviation.sub_(mean).square()
+        second, third = squares.sum(dim), deviation.mul_(squares).sum(dim)
         mean = mean.squeeze(dim)
-        return cls(
-            torch.full_like(mean, values.shape[dim]),
-            mean,
-            squares.sum(dim),
-            (squares * deviation).sum(dim),
-            squares.square().sum(dim),
-        )
+        return cls(torch.full_like(mean, values.shape[dim]), mean, second, third, squares.square_().sum(dim))
 
     @classmethod
     def stacked(cls, parts: list[Moments]) -> Moments:

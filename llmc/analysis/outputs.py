@@ -19,16 +19,16 @@ class OutputComparison:
     """Compares ``y = X Wᵀ`` with ``y' = X' W'ᵀ``, biases left out. Products are float32, their sums float64."""
 
     def __init__(self) -> None:
-        self._exact = self._changed = self._noise = self._both = 0.0
+        self._exact = self._changed = self._noise = 0.0
 
     def update(self, exact: Tensor, changed: Tensor) -> None:
         """Add outputs of the same shape, of any float dtype."""
-        y, y_q = exact.double(), changed.double()
-        sums = torch.stack([(y * y).sum(), (y_q * y_q).sum(), (y_q - y).square().sum(), (y * y_q).sum()]).tolist()
+        tensors = exact, changed, changed - exact
+        norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+        sums = norms.square().tolist()
         self._exact += sums[0]
         self._changed += sums[1]
         self._noise += sums[2]
-        self._both += sums[3]
 
     def products(self, inputs: Tensor, weight: Tensor, rounded: Tensor, changed: Tensor) -> None:
         """Add the outputs of inputs ``[tokens, in]`` and a weight ``[out, in]``, and of what became of either."""
@@ -43,6 +43,7 @@ class OutputComparison:
 
     @property
     def cosine(self) -> float:
-        """``y·y' / (|y| |y'|)`` over all tokens and channels at once; NaN if either is 0."""
+        """``y·y' / (|y| |y'|)`` over all tokens and channels at once; NaN if either is 0. The product is that of
+        ``2 y·y' = |y|² + |y'|² - |y' - y|²``."""
         size = math.sqrt(self._exact * self._changed)
-        return self._both / size if size else math.nan
+        return (self._exact + self._changed - self._noise) / 2 / size if size else math.nan

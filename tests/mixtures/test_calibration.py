@@ -15,6 +15,7 @@ import torch
 from cases import Case
 from families import expert_weights, fused_experts
 from safetensors.torch import load_file, save_file
+from scipy.stats import kurtosis
 from tiny import Tiny
 from torch import Tensor
 
@@ -314,3 +315,21 @@ def test_gram_matrices_do_not_pile_up_with_the_number_of_experts(case, tmp_path,
         gc.collect()
         assert not alive
     assert peaks[4] == peaks[16] == 3 * 96**2
+
+
+@pytest.mark.parametrize("moe", ["routed", "all_tokens"])
+def test_the_analysis_looks_at_the_tokens_of_each_expert(case, checkpoint, moe):
+    """Those that are routed to it, however it is calibrated: in the first block they are the original's."""
+    one = case("mixtral", "GPTQ", calib={"moe": moe, "moe_min_tokens": 0}, eval={"eval_pos": []})
+    metrics = one.compress().metrics
+    block, counts = metrics["blocks"][0], metrics["experts"][0]["counts"]
+    inputs = routed_inputs(checkpoint("mixtral"), calibration_tokens(one), everyone=False)
+    first = {name.removeprefix("0/"): tokens for name, tokens in inputs.items() if name.startswith("0/")}
+    assert {name: block["layers"][name]["sample_tokens"] for name in first} == {n: len(x) for n, x in first.items()}
+    assert counts == [block["layers"][f"mlp.experts.{index}.up_proj"]["tokens"] for index in range(4)]
+    assert counts == [64] * 4 or moe == "routed"
+    for key, leaf in (("gate_proj+mlp.experts.*.up_proj", "gate_proj"), ("down_proj", "down_proj")):
+        read = torch.cat([tokens for name, tokens in first.items() if name.endswith(leaf)])
+        found = block["activations"][f"mlp.experts.*.{key}"]
+        for state in ("original", "transformed"):
+            assert found[state]["kurtosis"]["tensor"] == pytest.approx(kurtosis(read, None, fisher=False), rel=1e-4)
