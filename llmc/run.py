@@ -30,6 +30,7 @@ from .plan import bits_per_weight, free_disk, original_bytes
 from .prepare import Prepared, positions_of, prepare, state_of
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics
+from .report.page import finish_report
 from .stream.activations import ActivationStore
 from .stream.batch import Batch
 from .stream.engine import Engine
@@ -56,12 +57,16 @@ class Result:
         outputs: for each ``save_*`` its folder, size and the command that serves it.
         perplexities: measured numbers.
         metrics: the content of ``metrics.json``.
+        report: the HTML report, if one was written.
+        warnings: what went wrong behind the end of the run, and doesn't touch its results.
     """
 
     save_path: Path | None
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     perplexities: list[Perplexity] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    report: Path | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def compress(
@@ -168,7 +173,8 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         store.drop_mapped()
         if kept:
             workspace.finish(metrics)
-        return Result(root if kept else None, outputs, perplexities, metrics)
+        report, warnings = finish_report(root) if kept and prepared.config.report.html else (None, ())
+        return Result(root if kept else None, outputs, perplexities, metrics, report, warnings)
 
 
 # --- parts of a run ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from llmc.config import legacy
+from llmc.config.reporting import ReportConfig
 from llmc.config.rules import check_evaluation
 from llmc.config.section import Section
 from llmc.config.suggest import refuse_if
@@ -252,6 +253,9 @@ class Config(Section):
         default_factory=IgnoredLayers.defaults, description="Layers that stay as they are."
     )
     save: legacy.OrDefault[SaveConfig] = Field(default_factory=SaveConfig.defaults, description="What is written.")
+    report: legacy.OrDefault[ReportConfig] = Field(
+        default_factory=ReportConfig.defaults, description="What is told of the run."
+    )
     opencompass: OpenCompassConfig | None = Field(None, description="An evaluation by OpenCompass after the run.")
 
     @model_validator(mode="after")

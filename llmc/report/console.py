@@ -15,6 +15,8 @@ from rich.table import Table
 from .experts import collapsed, fallbacks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..export import Exporter, Layer
     from ..exporting import Exported
     from ..plan import Estimate
@@ -148,6 +150,7 @@ class Console:
     def summary(self, result: Result) -> None:
         """The numbers of a finished run, and where things are."""
         metrics = result.metrics
+        self.warn(result.warnings)
         for one in result.perplexities:
             self._rich.print(f"EVAL: {one.kind} on {one.name} is {one.value:.4f} ({one.position}: {one.protocol})")
         self._rich.print("\n[bold green]Done[/]" + (f" {self._task}" if self._task else ""))
@@ -186,6 +189,8 @@ class Console:
             facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
         if result.save_path is not None:
             facts["all numbers"] = str(result.save_path / "metrics.json")
+        if result.report is not None:
+            facts["report"] = str(result.report)
         for name, output in result.outputs.items():
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
@@ -199,6 +204,11 @@ class Console:
             facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
+
+    def reported(self, written: Sequence[Path]) -> None:
+        """The files of a report."""
+        for file in written:
+            self._rich.print(f"written: {file}", markup=False)
 
     def verified(self, report: Report) -> None:
         """What was looked at, and each finding on a line of its own."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..eval.perplexity import Perplexity
 from .experts import BlockExperts
 
-SCHEMA = 1
+SCHEMA = 2
 _BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
 
 

@@ -1,0 +1,23 @@
+"""What is told of a run besides its perplexities."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmc.config import legacy
+from llmc.config.section import Section
+
+
+class ReportConfig(Section):
+    """What is written about the run, and what is looked at for it."""
+
+    html: bool = Field(True, description="Write report.html beside metrics.json.")
+    analysis: bool = Field(True, description="Look at each layer: errors, kurtosis, outlier channels, clipping.")
+    tokens: int = Field(2048, ge=1, description="Tokens of the calibration text, or else of the evaluation's, for it.")
+    surfaces: Literal["auto"] | legacy.BlockIds = Field(
+        "auto",
+        description="Numbers of the blocks whose inputs surfaces.safetensors shows, or ranges such as 0-3; auto: the "
+        "first, the middle and the last.",
+    )
