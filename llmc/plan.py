@@ -189,8 +189,7 @@ def bits_per_weight(layers: list[Layer]) -> float | None:
 
 def layer_bits(layer: Layer, spec: QuantSpec) -> float:
     """Bits of a layer's codes, scales and zero points."""
-    groups = math.prod(spec.scale_shape(layer.rows, layer.columns))
-    return layer.rows * layer.columns * spec.bits + groups * (8 * spec.scale_dtype.itemsize + spec.zero_bits)
+    return spec.stored_bits(layer.rows * layer.columns, math.prod(spec.scale_shape(layer.rows, layer.columns)))
 
 
 def make_estimate(

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import set_seed
 
 from .algorithms import Frame, Online, Recipe
+from .analyzing import Sample, analysis_sample, check_surfaces
 from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
 from .errors import ConfigError, ExportError
@@ -67,6 +68,7 @@ class Prepared:
     warnings: list[str]
     estimate: Estimate
     frame: Frame | None
+    sample: Sample
 
     @property
     def config(self) -> Config:
@@ -145,13 +147,15 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         calib = calibration(config, folder, tokenizer, skeleton) if recipe.needs_data else []
         evaluations = evaluations_of(config, tokenizer)
         check_tokens(folder, _vocabulary(skeleton), calib, evaluations)
+    sample = analysis_sample(config.report, recipe, calib, evaluations)
     estimate = make_estimate(
         skeleton,
         checkpoint,
         layers,
         exporters,
         calib_tokens=sum(batch.tokens.numel() for batch in calib),
-        eval_tokens=sum(_stream_tokens(evaluations, recipe.kv, kind) for kind in ("ppl", "decode_ppl")),
+        eval_tokens=sum(_stream_tokens(evaluations, recipe.kv, kind) for kind in ("ppl", "decode_ppl"))
+        + 2 * sample.tokens,
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
@@ -175,6 +179,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         warnings,
         estimate,
         frame,
+        sample,
     )
 
 
@@ -241,6 +246,7 @@ def _check_recipe(
             check_reorderable(own)
         _check_clustered(config, recipe, skeleton)
     _check_dropping(recipe, len(skeleton.blocks))
+    check_surfaces(config.report, len(skeleton.blocks))
 
 
 def _check_heads(subsets: Sequence[tuple[Subset, ...]]) -> None:

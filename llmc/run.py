@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from . import __version__
 from .algorithms import options_types
+from .analyzing import analysis_plan, finish_analysis
 from .config import LoadedConfig, load_config
 from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
@@ -32,11 +32,12 @@ from .quant import Scheme
 from .report.metrics import Measured, make_metrics
 from .report.page import finish_report
 from .stream.activations import ActivationStore
+from .stream.analysis import AnalysisPlan
 from .stream.batch import Batch
 from .stream.engine import Engine
 from .stream.headers import headers_digest
 from .stream.journal import Journal
-from .stream.memory import give_back_memory, share_heap
+from .stream.memory import give_back_memory, peak_host_memory, share_heap
 from .stream.options import Batches, EngineOptions, Listener
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
@@ -131,7 +132,8 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         selection = surveyed.selection
         sinks, transformed = _sinks(prepared, workspace, selection, keep_records=kept)
         store = ActivationStore(workspace.state, host_memory(prepared))
-        outcome = _engine(prepared, source, sinks, transformed, store, journal, listener, selection.dropped).run()
+        plan = analysis_plan(prepared, selection, workspace.state if kept else None)
+        outcome = _engine(prepared, source, sinks, transformed, store, journal, listener, selection.dropped, plan).run()
         layers = kept_layers(prepared.layers, selection)
         perplexities = _perplexities(prepared, "ppl", outcome.losses)
         perplexities += _perplexities(prepared, "decode_ppl", outcome.decoded)
@@ -142,7 +144,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             by_kind=surveyed.seconds | outcome.seconds,
             bytes_read=outcome.bytes_read,
             peak_host=peak_host_memory(),
-            peak_device=torch.cuda.max_memory_allocated(prepared.device) if prepared.device.type == "cuda" else 0,
+            peak_device=outcome.peak_device,
         )
         act = prepared.recipe.act or prepared.recipe.clustered
         metrics = make_metrics(
@@ -168,6 +170,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             outputs=outputs,
             rows=journal.rows,
             calibration_tokens=sum(batch.tokens.numel() for batch in prepared.calib),
+            analysis=finish_analysis(prepared, workspace.state, workspace.path),
             measured=measured,
         )
         store.drop_mapped()
@@ -187,6 +190,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
         resolved.get("base", {}).pop(key, None)
     resolved.get("save", {}).pop("on_existing", None)
     resolved.get("save", {}).pop("save_path", None)
+    resolved.get("report", {}).pop("html", None)
     return {
         "configuration": json.dumps(resolved, sort_keys=True),
         "calibration text": tokens_digest([tensor for batch in prepared.calib for tensor in batch.tensors]),
@@ -239,6 +243,7 @@ def _engine(
     journal: Journal,
     listener: Listener,
     dropped: frozenset[int],
+    analysis: AnalysisPlan | None,
 ) -> Engine:
     return Engine(
         skeleton=prepared.skeleton,
@@ -258,6 +263,7 @@ def _engine(
         listener=listener,
         frame=prepared.frame,
         dropped=dropped,
+        analysis=analysis,
     )
 
 
@@ -340,11 +346,3 @@ def stored_source(prepared: Prepared, selection: BlockSelection) -> Source:
     model = prepared.skeleton.model.config.get_text_config()
     complete = model.to_dict() if prepared.frame is None else with_own_head(model.to_dict())
     return Source(prepared.folder, selection.config(complete, model), images=prepared.skeleton.images is not None)
-
-
-def peak_host_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024

@@ -16,15 +16,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "quant": set(),
     "linalg": set(),
+    "analysis": set(),
     "data": set(),
     "eval": {"quant", "linalg", "models", "data"},
     "models": {"quant", "linalg"},
     "algorithms": {"models", "quant", "linalg"},
     "export": {"quant"},
-    "stream": {"models", "algorithms", "quant", "linalg"},
+    "stream": {"models", "algorithms", "quant", "linalg", "analysis"},
     "verify": {"export", "eval", "quant", "stream"},
 }
-NO_TRANSFORMERS = {"quant", "linalg", "algorithms", "export", "config"}
+NO_TRANSFORMERS = {"quant", "linalg", "analysis", "algorithms", "export", "config"}
 CONVERSION = {"transformers.core_model_loading", "transformers.conversion_mapping"}
 
 
@@ -79,7 +80,8 @@ def test_one_file_knows_transformers_internal_loading():
 def test_importing_llmc_imports_no_backend(tmp_path):
     for backend in ("vllm", "lm_eval", "matplotlib"):
         (tmp_path / f"{backend}.py").write_text("")  # there to be imported, also where it isn't installed
-    code = "import sys, llmc, llmc.stream.engine, llmc.export; print(*{'vllm', 'lm_eval', 'matplotlib'} & sys.modules.keys())"
+    asked = "{'vllm', 'lm_eval', 'matplotlib'}"
+    code = f"import sys, llmc, llmc.stream.engine, llmc.export; print(*{asked} & sys.modules.keys())"
     environment = {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -145,6 +145,19 @@ class AbsMax:
         self.tokens += len(tokens)
 
 
+class Tokens:
+    """The tokens themselves, ``[tokens, in]`` in pieces, each a batch's; whoever asks sees to it that they are few."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Tensor] = []
+        self.tokens = 0
+
+    def update(self, inputs: Tensor) -> None:
+        """Add tokens ``[..., in]``."""
+        self.pieces.append(inputs.detach().reshape(-1, inputs.shape[-1]).clone())
+        self.tokens += len(self.pieces[-1])
+
+
 def relative_error(original: Tensor, changed: Tensor, gram: Tensor | None) -> float:
     """``|(W - W')X|² / |WX|²`` from the Gram matrix of the inputs; without one, the same of the weights alone."""
     delta, reference = changed.float() - original.float(), original.float()
@@ -164,10 +177,11 @@ class Statistics:
     sum_squares: SumSquares | None = None
     sequence_range: SequenceRange | None = None
     ranges: Accumulator | None = None
+    sample: Tokens | None = None
 
     def update(self, inputs: Tensor) -> None:
         """Add tokens ``[..., in]``."""
-        for statistic in (*self._of_channels(), self.ranges):
+        for statistic in (*self._of_channels(), self.ranges, self.sample):
             if statistic is not None:
                 statistic.update(inputs)
 
@@ -199,6 +213,7 @@ def new_statistics(
         abs_mean=AbsMean(columns, device) if "abs_mean" in wanted else None,
         sum_squares=SumSquares(columns, device) if "sum_squares" in wanted else None,
         ranges=None if act is None or act.observer is None else act.observer.accumulator(act.grid),
+        sample=Tokens() if "sample" in wanted else None,
         sequence_range=SequenceRange() if "sequence_range" in wanted else None,
         abs_max=AbsMax(columns, device) if "abs_max" in wanted else None,
         channel_range=ChannelRange(columns, device) if "channel_range" in wanted else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -56,6 +56,15 @@ class LayerNote:
     pruning_error: float | None = None
     tokens: int | None = None
     wanted: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the journal; what a pruner or a mixture tells only where there is one."""
+        plain: dict[str, Any] = {"error": self.error, "damp": self.damp, "fallback": self.fallback}
+        if self.sparsity is not None:
+            plain |= {"sparsity": self.sparsity, "pruning_error": self.pruning_error}
+        if self.tokens is not None:
+            plain |= {"tokens": self.tokens, "wanted": self.wanted}
+        return plain
 
     def behind(self, earlier: LayerNote | None) -> LayerNote:
         """This note of a quantizer with what the pruner before it had to say."""

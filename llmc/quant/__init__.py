@@ -11,6 +11,7 @@ from .observers import Accumulator, HistogramMse, MovingMinMax, Observer, Static
 from .qweight import QWeight
 from .record import InputSquares, UnitRecord
 from .scheme import Scheme
+from .shares import clipped_inputs, clipped_share, zero_share
 from .sparsity import Sparsity, lowest, prune_mask
 from .spec import (
     Granularity,
@@ -67,6 +68,8 @@ __all__ = [
     "bind_global_scale",
     "cache_qparams",
     "cache_scales",
+    "clipped_inputs",
+    "clipped_share",
     "clipped_weight",
     "cluster_extremes",
     "cluster_qparams",
@@ -83,4 +86,5 @@ __all__ = [
     "static_qparams",
     "straight_through",
     "to_groups",
+    "zero_share",
 ]

@@ -184,6 +184,10 @@ class QuantSpec:
             return 0
         return 16 if isinstance(self.granularity, PerCluster) else self.bits
 
+    def stored_bits(self, weights: int, scales: int) -> int:
+        """Bits of so many codes with their scales and zero points."""
+        return weights * self.bits + scales * (8 * self.scale_dtype.itemsize + self.zero_bits)
+
     def group_size(self, columns: int) -> int:
         """Columns that share a scale in a row of ``columns`` inputs."""
         return self.granularity.size if isinstance(self.granularity, PerGroup | PerBlock) else columns

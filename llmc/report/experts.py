@@ -55,6 +55,7 @@ class BlockExperts:
             "block": self.block,
             "experts": len(counts),
             "tokens": {"fewest": min(counts), "median": median(counts), "most": max(counts)},
+            "counts": counts,
             "solved_with_all_tokens": list(self.scarce),
             "wanted": self.wanted or None,
             "plain": {why: list(experts) for why, experts in self.plain.items()},

@@ -10,7 +10,19 @@ from ..eval.perplexity import Perplexity
 from .experts import BlockExperts
 
 SCHEMA = 2
-_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
+_BLOCK_KEYS = (
+    "unit",
+    "seconds",
+    "seconds_by_kind",
+    "memory",
+    "error",
+    "layers",
+    "activations",
+    "scales",
+    "inputs",
+    "cache_ranges",
+    "tuning",
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,11 @@ def make_metrics(
     outputs: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     calibration_tokens: int,
+    analysis: Mapping[str, Any] | None,
     measured: Measured,
 ) -> dict[str, Any]:
-    """Plain values. ``layers`` gives each Linear's relative output error ``|(W - W')X|²/|WX|²`` on the calibration
-    tokens (of the weights alone where the method saw none), the damping that GPTQ needed and why a layer fell back;
+    """Plain values. What ``analysis``, ``layers`` and ``activations`` say of each layer is in docs/analysis.md.
+    ``layers`` gives each Linear's relative output error, the damping that GPTQ needed and why a layer fell back;
     of a pruned one the fraction of zeros and, if a quantizer followed, the error that it found (``error`` is then the
     quantizer's own); ``inputs`` the calibrated range of each subset's input where activations have
     static scales. ``blocks_dropped`` gives the influence of every block of the original model and the numbers of those
@@ -82,6 +95,7 @@ def make_metrics(
         "evaluation": [one.to_dict() for one in perplexities],
         "outputs": {name: dict(output) for name, output in outputs.items()},
         "calibration_tokens": calibration_tokens,
+        "analysis": None if analysis is None else dict(analysis),
         "seconds": round(measured.seconds, 2),
         "seconds_by_kind": {kind: round(spent, 2) for kind, spent in measured.by_kind.items()},
         "bytes_read": measured.bytes_read,
@@ -89,7 +103,7 @@ def make_metrics(
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
         "experts": [one.to_dict() for one in experts],
-        "blocks": [{key: row[key] for key in _BLOCK_KEYS} for row in blocks],
+        "blocks": [{key: row.get(key) for key in _BLOCK_KEYS} for row in blocks],
         "config": dict(config),
     }
 

@@ -32,8 +32,8 @@ from ..quant import (
     KvRanges,
     QWeight,
     UnitRecord,
-    cache_scales,
 )
+from .analysis import BlockAnalysis
 from .block_subsets import BlockSubsets, Findings
 from .clustered import ClusteredBlock
 from .inputs import BlockInputs, Readers
@@ -42,6 +42,7 @@ from .parts import solved_units, transformed_units
 from .squares import observe_squares
 from .stages import BlockRun, Observed, propagate, run_replayed, run_staged, run_together
 from .stored import StoredBlock
+from .stored_ranges import input_ranges, stored_cache_scales
 from .training import LearningCalls, repeatable
 
 
@@ -77,6 +78,7 @@ class BlockWork:
         clustered: what rounds tensors inside the block by clusters of channels; None where the recipe doesn't.
         ranges: of the block's keys and values, for a static KV cache.
         tuning: what the report says of learning the block, if it was learned.
+        analysis: looks at what becomes of the Linears; None: nobody does.
     """
 
     context: WorkContext
@@ -85,6 +87,7 @@ class BlockWork:
     block: nn.Module
     prefix: str
     stored: Mapping[str, tuple[str, torch.dtype]]
+    analysis: BlockAnalysis | None = None
     quantized: dict[str, QWeight] = field(default_factory=dict)
     notes: dict[str, LayerNote] = field(default_factory=dict)
     clips: dict[str, ClipRatios] = field(default_factory=dict)
@@ -228,6 +231,9 @@ class BlockWork:
         searching, unseen = step.algorithm.kind == "transform", run is not None and run.left_out
         every = transformed_units(self.subsets) if searching else self._solved
         units = [unit for unit in every if step.algorithm.covers(unit.subset)]
+        analysis, rounds = None if searching else self.analysis, step.algorithm.kind == "quantizer"
+        if analysis is not None:
+            analysis.look()
 
         def solve(position: int, observed: Sequence[Observed]) -> None:
             unit = units[position]
@@ -237,6 +243,9 @@ class BlockWork:
                 for one, statistics, _ in seen
             ]
             linears = [linear for view in own for linear in view.linears.values()]
+            last = observed[-1]
+            ranges = (last.pooled or last.statistics).ranges if rounds else None
+            found = None if ranges is None else InputRange(*ranges.range())
             # A search makes many small copies, again and again; others a few large ones, once.
             with nullcontext() if searching else unheaped(), working_on(self.block, linears):
                 if unseen:
@@ -244,15 +253,15 @@ class BlockWork:
                         treat_unseen(step.algorithm, view)
                 else:
                     step.algorithm.solve(own)
+                if analysis is not None:
+                    analysis.compare(unit, observed, own, found, rounds=rounds)
                 for view, (one, _, wanted) in zip(own, seen, strict=True):
                     if unit.experts:
                         notes = view.notes.items()
                         view.notes = {name: replace(note, tokens=one.tokens, wanted=wanted) for name, note in notes}
                     self._accept(view)
-            last = observed[-1]
-            if step.algorithm.kind == "quantizer" and last.part + 1 == len(unit.parts):
-                ranges = (last.pooled or last.statistics).ranges
-                self.inputs.switch_on(unit.subset.key, None if ranges is None else InputRange(*ranges.range()))
+            if rounds and last.part + 1 == len(unit.parts):
+                self.inputs.switch_on(unit.subset.key, found)
             for view in own:
                 view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
             views.extend(own)
@@ -333,6 +342,16 @@ class BlockWork:
             if name in self.pruned and linear.weight.data[self.pruned[name]].any():
                 raise ValueError(f"{self.prefix}.{name}: the quantizer has revived pruned weights")
 
+    def analyzed(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the journal has of the finished block's Linears, by name, and of their inputs, by the subsets' keys. The
+        analysis' sample is behind the block then."""
+        if self.analysis is None:
+            return {name: note.to_dict() for name, note in self.notes.items()}, {}
+        found = self.analysis.activations(self.inputs.static)
+        self.analysis.keep_surfaces({name: self.weights.module(name) for one in self.subsets for name in one.linears})
+        self.analysis.pass_compressed()
+        return self.analysis.rows(self.notes), found
+
     def restore(self, record: UnitRecord, row: Mapping[str, Any]) -> None:
         """Become the block that an earlier run wrote: its record, read back, and its line in the journal."""
         if self.clustered is not None:
@@ -380,23 +399,6 @@ class BlockWork:
         codes = {self.weights.module(name): weight.to("cpu") for name, weight in self.quantized.items()}
         plain = self.weights.plain(leave_out=self.quantized)
         squares = {self.weights.module(name): one for name, one in self.squares.items()}
-        return UnitRecord(plain, codes, inputs=self._input_ranges(), cache=self._cache_scales(), squares=squares)
-
-    def _input_ranges(self) -> dict[str, InputRange]:
-        """Calibrated ranges by the checkpoint's names of the Linears."""
-        found = self.inputs.found
-        return {
-            self.weights.module(name): found[unit.subset.key]
-            for unit in self._solved
-            for name in unit.subset.linears
-            if unit.subset.key in found and self._own.scheme_of(name).act is not None
-        }
-
-    def _cache_scales(self) -> dict[str, Tensor]:
-        """Those of a static KV cache, under the checkpoint's name of the attention module."""
-        kv = self.context.recipe.kv
-        if kv is None or self.ranges is None:
-            return {}
-        linear = next(subset.linears[0] for subset in self.subsets if subset.reads == "heads")
-        attention = self.weights.module(linear).rpartition(".")[0]
-        return {f"{attention}.{name}": scale for name, scale in cache_scales(kv, self.ranges).items()}
+        inputs = input_ranges(self._solved, self.inputs.found, self._own, self.weights)
+        cache = stored_cache_scales(self.subsets, self.context.recipe.kv, self.ranges, self.weights)
+        return UnitRecord(plain, codes, inputs=inputs, cache=cache, squares=squares)

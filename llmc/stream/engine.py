@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -13,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algorithms import Frame, LayerNote, Recipe
+from ..algorithms import Frame, Recipe
 from ..errors import RunError
 from ..models import Heads, Subset
 from ..quant import KvRanges, UnitRecord
 from .activations import ActivationStore
+from .analysis import COMPRESSED, ORIGINAL, AnalysisPlan, BlockAnalysis
 from .attention import attending, attending_to_cache, cache_ranges
 from .batch import Batch
 from .blockwork import BlockWork, WorkContext
 from .calls import token_losses
+from .clock import Clock
 from .clustered import ClusteredBlock
 from .edges import Edges
 from .entrance import Entrance
@@ -58,6 +59,7 @@ class Engine:
         listener: hears of progress.
         frame: what transforms may know of the model that need no data; None: there is none of them.
         dropped: blocks that only the evaluation of the original passes.
+        analysis: what is looked at on the way; None: nothing.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Engine:
         frame: Frame | None = None,
         decoding: Batches = _NONE,
         dropped: frozenset[int] = frozenset(),
+        analysis: AnalysisPlan | None = None,
     ) -> None:
         if journal.rows and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
@@ -93,7 +96,10 @@ class Engine:
         self._options, self._listener = options, listener
         self._count, self._dropped = len(skeleton.blocks), dropped
         self._entrance = Entrance(skeleton, store, device)
-        self._spent: dict[str, float] = {}
+        self._analysis = analysis
+        self._batches["analysis"] = _NONE if analysis is None else Batches(analysis.batches)
+        self._clock = Clock(device)
+        self._timed = self._clock.timed
         self._online = recipe.online(frame)
         self._subsets = [tuple(map(self._online.cut, own)) for own in subsets]
         self._work = WorkContext(recipe, heads, device, options.forward, frame, self._online)
@@ -123,7 +129,7 @@ class Engine:
         outcome = Outcome(bytes_read=0)
         self._head(embedding, outcome)
         outcome.bytes_read = self._source.bytes_read
-        outcome.seconds = self._spent
+        outcome.seconds, outcome.peak_device = self._clock.finish()
         return outcome
 
     # --- before the blocks -------------------------------------------------------------------------------------------
@@ -151,6 +157,8 @@ class Engine:
             wanted["calib.original"] = self._batches["calib"].batches
         if self._recipe.compressed_stream:
             wanted["calib.compressed"] = self._batches["calib"].batches
+        if self._batches["analysis"].batches:
+            wanted |= dict.fromkeys((ORIGINAL, COMPRESSED), self._batches["analysis"].batches)
         for kind in ("eval", "decode"):
             for position in sorted(self._batches[kind].positions):
                 wanted[f"{kind}.{position}"] = self._batches[kind].batches
@@ -178,7 +186,7 @@ class Engine:
 
     def _block(self, index: int) -> None:
         unit = block_unit(index)
-        started = time.perf_counter()
+        self._clock.begin()
         self._listener.phase(f"block {index + 1}/{self._count}")
         raw = self._timed("read", lambda: self._source.take(unit))
         self._prefetch_behind(index)
@@ -191,7 +199,7 @@ class Engine:
         self._evaluate(index, "pretrain")
         row = None
         if index not in self._dropped:
-            row = self._compressed(index, block, stored, started)
+            row = self._compressed(index, block, stored)
         self._gate(index)
         self._skeleton.release(block)
         del block
@@ -203,23 +211,32 @@ class Engine:
             self._checkpoint(index)
 
     def _compressed(
-        self, index: int, block: nn.Module, stored: Mapping[str, tuple[str, torch.dtype]], started: float
+        self, index: int, block: nn.Module, stored: Mapping[str, tuple[str, torch.dtype]]
     ) -> dict[str, Any]:
         """Bring the compressed model behind a block; returns the block's row."""
         unit = block_unit(index)
-        work = BlockWork(self._work, self._subsets[index], index, block, self._prefix(index), stored)
+        row = self._journal.unit(unit)
+        analysis = self._analysis_of(index)
+        if analysis is not None:
+            self._timed("analyze", partial(analysis.pass_original, looking=row is None))
+        work = BlockWork(self._work, self._subsets[index], index, block, self._prefix(index), stored, analysis)
         self._clustered = work.clustered
         self._timed("calibrate", work.load)
-        row = self._journal.unit(unit)
         if row is None:
             row = self._compress(index, unit, work)
-            row["seconds"] = round(time.perf_counter() - started, 3)
+            row |= self._clock.lap()
             self._journal.append(row)
         else:
             self._replay(index, unit, work, row)
         work.remove_hooks()
         self._clustered = None
         return row
+
+    def _analysis_of(self, index: int) -> BlockAnalysis | None:
+        if self._analysis is None:
+            return None
+        runs = self._run(index, ORIGINAL), self._run(index, COMPRESSED)
+        return BlockAnalysis(self._analysis, index, self._subsets[index], self._online, *runs)
 
     def _compress(self, index: int, unit: str, work: BlockWork) -> dict[str, Any]:
         original, compressed = self._run(index, "calib.original"), self._run(index, "calib.compressed")
@@ -245,11 +262,13 @@ class Engine:
         if compressed is not None and not propagated:
             self._timed("calibrate", lambda: propagate(compressed))
         self._evaluate(index, *_COMPRESSED)
+        layers, found = self._timed("analyze", work.analyzed)
         return {
             "kind": "unit",
             "unit": unit,
             "outputs": outputs,
-            "layers": {name: _note(note) for name, note in work.notes.items()},
+            "layers": layers,
+            "activations": found,
             "scales": work.scales,
             "inputs": work.inputs.ranges,
             "clusters": None if work.clustered is None else work.clustered.plain,
@@ -273,6 +292,8 @@ class Engine:
         if compressed is not None:
             propagate(compressed)
         self._evaluate(index, *_COMPRESSED)
+        if work.analysis is not None:
+            self._timed("analyze", work.analysis.pass_compressed)
 
     def _run(self, index: int, stream: str) -> BlockRun | None:
         if stream not in self._store.streams:
@@ -375,18 +396,3 @@ class Engine:
         give_back_memory()
         written: dict[str, Any] = self._timed("write", lambda: sink.write(unit, unit_record))
         return written
-
-    def _timed(self, kind: str, work: Any) -> Any:
-        started = time.perf_counter()
-        result = work()
-        self._spent[kind] = self._spent.get(kind, 0.0) + time.perf_counter() - started
-        return result
-
-
-def _note(note: LayerNote) -> dict[str, Any]:
-    plain = {"error": note.error, "damp": note.damp, "fallback": note.fallback}
-    if note.sparsity is not None:
-        plain |= {"sparsity": note.sparsity, "pruning_error": note.pruning_error}
-    if note.tokens is not None:
-        plain |= {"tokens": note.tokens, "wanted": note.wanted}
-    return plain

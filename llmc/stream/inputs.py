@@ -76,6 +76,11 @@ class BlockInputs:
         return {key: one.found for key, one in self._quantizers.items() if one.found is not None}
 
     @property
+    def static(self) -> dict[str, tuple[ActSpec, InputRange]]:
+        """The same with their grids."""
+        return {key: (self._quantizers[key].spec, found) for key, found in self.found.items()}
+
+    @property
     def ranges(self) -> dict[str, list[float]]:
         """The same as plain values: two float32 numbers each, which JSON keeps exactly."""
         return {key: [found.lo, found.hi] for key, found in self.found.items()}

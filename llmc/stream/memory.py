@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from mmap import mmap
@@ -66,6 +68,12 @@ def own_memory(size: int) -> Tensor:
     if size < 2**16:
         return torch.empty(size, dtype=torch.uint8)
     return torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
+
+
+def peak_host_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
 
 
 def give_back_memory() -> None:

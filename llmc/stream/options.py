@@ -54,9 +54,11 @@ class Outcome:
         decoded: the same of the batches that were decoded token by token.
         bytes_read: bytes of tensor data read from the checkpoint.
         seconds: time in this process by kind of work.
+        peak_device: largest allocation on the device, bytes; 0 where that is the host.
     """
 
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     decoded: dict[str, list[Tensor]] = field(default_factory=dict)
     bytes_read: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_device: int = 0
