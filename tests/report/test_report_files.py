@@ -69,7 +69,7 @@ def test_a_run_writes_its_report(made):
 
 
 def test_a_run_writes_none_if_it_is_not_wanted(made, tmp_path):
-    config = made["plain"].metrics["config"] | {"report": {"html": False}}
+    config = made["plain"].metrics["config"] | {"report": {"html": False, "analysis": False}}
     config["save"] = config["save"] | {"save_path": str(tmp_path / "out")}
     result = llmc.compress(config)
     assert result.report is None and not (tmp_path / "out" / "report.html").exists()

@@ -254,6 +254,11 @@ class Run:
         return (*pruner, *quant.get("method", ()))
 
     @property
+    def looked_at(self) -> Plain:
+        """Which text the statistics of layers and inputs come from; empty where there are none."""
+        return self.facts.get("analysis") or {}
+
+    @property
     def model_name(self) -> str:
         """Last part of the model's path."""
         path = str((self.config.get("model") or {}).get("path") or self.model.get("path") or "model")
