@@ -32,6 +32,8 @@ further commands, each with a --help of its own:
       write another format of a finished run, without calibrating again
   python -m llmc verify ./out/vllm_quant_model --against ./out/fake_quant_model
       look whether a written or fetched folder is whole and holds what it should
+  python -m llmc report ./out ./out-2
+      compare runs in one HTML page; of one run, write its report again
   python -m llmc inspect ./my-model
       show the blocks and Linears of a model, what can be done to them, and what can't
   python -m llmc check-data ./prompts.jsonl
@@ -52,6 +54,10 @@ _VERIFY = """\
 Look at a folder of a model, written by llmc or by others: its files, every tensor's name, shape and dtype, scales and
 zero points, and, against another folder, the values. Ends with 0 if it's clean, 1 if something was found, and 2 if
 it can't be judged."""
+
+_REPORT = """\
+Write the report of a run, finished or not, as one HTML file that needs nothing else; of several runs, a page that
+compares them."""
 
 _INSPECT = """\
 Show a model's blocks, the Linears that share an input, what can absorb a scale of it, and what can't be done and why.
@@ -154,6 +160,20 @@ def check_data_parser() -> argparse.ArgumentParser:
     return made
 
 
+def report_parser() -> argparse.ArgumentParser:
+    """The arguments of ``report``."""
+    made = argparse.ArgumentParser("python -m llmc report", description=_REPORT)
+    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="save_path of a run")
+    made.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the HTML file (default: report.html in the run, or comparison.html here)",
+    )
+    made.add_argument("--plots", type=Path, metavar="FOLDER", help="write the charts as PNG and SVG files too")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -222,8 +242,10 @@ def _eval(given: Any) -> int:
 def _export(given: Any) -> int:
     from .exporting import export
     from .report.console import Console
+    from .report.page import refresh_report
 
     done = export(given.run, given.targets, given.model)
+    refresh_report(given.run)
     console = Console()
     console.warn(done.warnings)
     console.exported(done)
@@ -237,6 +259,14 @@ def _verify(given: Any) -> int:
     report = verify(given.folder, given.against, load=given.load, text=given.text)
     Console().verified(report)
     return report.exit_code
+
+
+def _report(given: Any) -> int:
+    from .report.console import Console
+    from .report.page import report
+
+    Console().reported(report(given.runs, given.output, given.plots))
+    return 0
 
 
 def _inspect(given: Any) -> int:
@@ -260,6 +290,7 @@ _COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any]
     "eval": (eval_parser, _eval),
     "export": (export_parser, _export),
     "verify": (verify_parser, _verify),
+    "report": (report_parser, _report),
     "inspect": (inspect_parser, _inspect),
     "check-data": (check_data_parser, _check_data),
 }

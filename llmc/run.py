@@ -32,6 +32,7 @@ from .plan import bits_per_weight, free_disk, original_bytes
 from .prepare import Prepared, prepare
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics, with_evaluations
+from .report.page import finish_report
 from .stream.activations import ActivationStore
 from .stream.files import write_json
 from .stream.headers import headers_digest
@@ -59,6 +60,8 @@ class Result:
         evaluations: measured numbers.
         metrics: the content of ``metrics.json``.
         answers: what tasks and prompts found.
+        report: the HTML report, if one was written.
+        warnings: what went wrong behind the end of the run, and doesn't touch its results.
     """
 
     save_path: Path | None
@@ -66,6 +69,8 @@ class Result:
     evaluations: list[Evaluated] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
     answers: list[Answered] = field(default_factory=list)
+    report: Path | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def perplexities(self) -> list[Perplexity]:
@@ -179,8 +184,8 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         store.drop_mapped()
         if kept:
             workspace.finish(metrics)
-        result = Result(root if kept else None, outputs, evaluations, metrics)
-    return _with_answers(prepared, result, listener)
+        result = _with_answers(prepared, Result(root if kept else None, outputs, evaluations, metrics), listener)
+        return _with_report(prepared, result)
 
 
 class _Phases(Silent):
@@ -207,6 +212,14 @@ def _with_answers(prepared: Prepared, result: Result, listener: Listener) -> Res
     if result.save_path is not None:
         write_json(result.save_path / METRICS, metrics)
     return replace(result, answers=answers, metrics=metrics)
+
+
+def _with_report(prepared: Prepared, result: Result) -> Result:
+    """The result with a page for people, if they want one."""
+    if result.save_path is None or not prepared.config.report.html:
+        return result
+    report, warnings = finish_report(result.save_path)
+    return replace(result, report=report, warnings=warnings)
 
 
 # --- parts of a run ------------------------------------------------------------------------------------------------

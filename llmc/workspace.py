@@ -20,10 +20,11 @@ from .stream.sink import Sink
 
 STATE = ".llmc"
 METRICS = "metrics.json"
+REPORT = "report.html"
 SURFACES = "surfaces.safetensors"
 _FINGERPRINT = "fingerprint.json"
 CONFIG = "config.json"
-_OURS = {STATE, METRICS, SURFACES, *(exporter.folder for exporter in EXPORTERS)}
+_OURS = {STATE, METRICS, REPORT, SURFACES, *(exporter.folder for exporter in EXPORTERS)}
 
 OnExisting = Literal["fail", "overwrite", "resume"] | None
 

@@ -23,6 +23,11 @@ if [[ -z ${WITHOUT_BACKENDS:-} ]]; then
     wait "$downloading"
 fi
 
+# A browser to look at reports with; without one their tests say that they aren't run.
+if [[ $EUID == 0 ]] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; } &>/dev/null || true
+fi
+
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy" llmc

@@ -78,9 +78,10 @@ def test_one_file_knows_transformers_internal_loading():
 
 
 def test_importing_llmc_imports_no_backend(tmp_path):
-    for backend in ("vllm", "lm_eval"):
+    for backend in ("vllm", "lm_eval", "matplotlib"):
         (tmp_path / f"{backend}.py").write_text("")  # there to be imported, also where it isn't installed
-    code = "import sys, llmc, llmc.stream.engine, llmc.export; print(*{'vllm', 'lm_eval'} & sys.modules.keys())"
+    asked = "{'vllm', 'lm_eval', 'matplotlib'}"
+    code = f"import sys, llmc, llmc.stream.engine, llmc.export; print(*{asked} & sys.modules.keys())"
     environment = {"PYTHONPATH": f"{tmp_path}:{PACKAGE.parent}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

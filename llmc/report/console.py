@@ -18,6 +18,8 @@ from .evaluations import line as evaluation_line
 from .experts import collapsed, fallbacks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..data.records import Found
     from ..eval.measure import Evaluated
     from ..export import Exporter, Layer
@@ -154,6 +156,7 @@ class Console:
     def summary(self, result: Result) -> None:
         """The numbers of a finished run, and where things are."""
         metrics = result.metrics
+        self.warn(result.warnings)
         self._evaluations(result.evaluations)
         self.answers(result.answers)
         self._rich.print("\n[bold green]Done[/]" + (f" {self._task}" if self._task else ""))
@@ -188,6 +191,8 @@ class Console:
             facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
         if result.save_path is not None:
             facts["all numbers"] = str(result.save_path / "metrics.json")
+        if result.report is not None:
+            facts["report"] = str(result.report)
         for name, output in result.outputs.items():
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
@@ -220,6 +225,11 @@ class Console:
             facts[f"written ({name})"] = f"{output['folder']} (read back and compared: equal)"
             facts[f"use ({name})"] = output["serve"]
         self._facts(facts)
+
+    def reported(self, written: Sequence[Path]) -> None:
+        """The files of a report."""
+        for file in written:
+            self._rich.print(f"written: {file}", markup=False)
 
     def verified(self, report: Report) -> None:
         """What was looked at, and each finding on a line of its own."""

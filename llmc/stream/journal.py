@@ -10,6 +10,21 @@ from typing import Any
 from .files import sync_folder
 
 
+def whole_rows(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The rows of a journal up to the first torn line, and how many bytes they take."""
+    rows, kept = [], 0
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
+        kept += len(line)
+    return rows, kept
+
+
 class Journal:
     """An append-only file of JSON objects. A line torn by a crash is cut off when the journal is opened again."""
 
@@ -23,17 +38,8 @@ class Journal:
             sync_folder(path.parent)
 
     def _recover(self) -> None:
-        kept = 0
         content = self._path.read_bytes()
-        for line in content.splitlines(keepends=True):
-            try:
-                row = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                break
-            self.rows.append(row)
-            kept += len(line)
+        self.rows, kept = whole_rows(content)
         if kept < len(content):
             with self._path.open("r+b") as file:
                 file.truncate(kept)
