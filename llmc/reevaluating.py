@@ -16,7 +16,6 @@ from .finished import open_finished, prepare_again, read_metrics
 from .measuring import Measuring
 from .prepare import Prepared, prepare
 from .report.metrics import with_evaluations
-from .report.page import refresh_report
 from .stream.files import write_json
 from .stream.memory import give_back_memory, peak_host_memory, share_heap
 from .stream.options import Listener
@@ -96,8 +95,7 @@ def reevaluate(loaded: LoadedConfig, run: Path | None, *, write: bool, listener:
     _write(written, opened.metrics, results)  # whatever becomes of a server that is asked next
     answers = run_jobs(opened.prepared, opened.folder, passing)
     _write(written, opened.metrics, [*results, *answers])
-    warnings = [*opened.warnings, *(refresh_report(written.parent) if written is not None else ())]
-    return Reevaluated(results, answers, written, time.perf_counter() - started, peak_host_memory(), warnings)
+    return Reevaluated(results, answers, written, time.perf_counter() - started, peak_host_memory(), opened.warnings)
 
 
 def _write(file: Path | None, metrics: Mapping[str, Any], found: Sequence[Evaluated | Answered]) -> None:
