@@ -30,6 +30,8 @@ further commands, each with a --help of its own:
       write another format of a finished run, without calibrating again
   python -m llmc verify ./out/vllm_quant_model --against ./out/fake_quant_model
       look whether a written or fetched folder is whole and holds what it should
+  python -m llmc sensitivity --config run.yml
+      measure what fewer or more bits would do to each layer
   python -m llmc inspect ./my-model
       show the blocks and Linears of a model, what can be done to them, and what can't
 
@@ -48,6 +50,11 @@ _INSPECT = """\
 Show a model's blocks, the Linears that share an input, what can absorb a scale of it, and what can't be done and why.
 Needs only the model's config.json; no weight is read. Architectures that nobody declared are explored by running their
 own code on random weights; those that somebody did are compared with what that finds."""
+
+
+_SENSITIVITY = """\
+Measure what each layer would lose with each candidate scheme, and write sensitivity.json into save.save_path; nothing
+is compressed. quant.mix_bits.budget then chooses by it (quant.mix_bits.from). Interrupted, it starts again."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -118,6 +125,14 @@ def inspect_parser() -> argparse.ArgumentParser:
     return made
 
 
+def sensitivity_parser() -> argparse.ArgumentParser:
+    """The arguments of ``sensitivity``."""
+    made = argparse.ArgumentParser("python -m llmc sensitivity", description=_SENSITIVITY)
+    made.add_argument("--config", required=True, metavar="FILE", help="YAML file of a run")
+    made.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as in a run")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -147,22 +162,24 @@ def _guarded(command: Callable[[Any], int], given: Any) -> int:
 
 def _main(given: Any) -> int:
     from .algorithms import options_types
+    from .budgeting import ready
     from .config import load_config
-    from .prepare import prepare
     from .report.console import Console
     from .run import run
 
     loaded = load_config(given.config, given.overrides, options_types())
     console = Console(given.task_id)
     console.warn(loaded.warnings)
-    prepared = prepare(loaded)
+    prepared, spending = ready(loaded)
     console.warn(prepared.warnings)
     if given.dry_run:
         decoded = prepared.checkpoint.says
         console.plan(prepared.layers, prepared.estimate, prepared.exporters, prepared.recipe.drop_blocks, decoded)
+        if spending is not None:
+            console.budget(spending.budget.describe())
         return 0
     with console.progress() as listener:
-        result = run(prepared, listener)
+        result = run(prepared, listener, spending)
     console.summary(result)
     return 0
 
@@ -195,8 +212,24 @@ def _inspect(given: Any) -> int:
     return 0
 
 
+def _sensitivity(given: Any) -> int:
+    from .algorithms import options_types
+    from .config import load_config
+    from .report.console import Console
+    from .report.sensitivities import show
+    from .sensing import sensitivity
+
+    loaded, console = load_config(given.config, given.overrides, options_types()), Console()
+    console.warn(loaded.warnings)
+    with console.progress() as listener:
+        found, file = sensitivity(loaded, listener.phase)
+    show(found, file)
+    return 0
+
+
 _COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any], int]]] = {
     "export": (export_parser, _export),
     "verify": (verify_parser, _verify),
     "inspect": (inspect_parser, _inspect),
+    "sensitivity": (sensitivity_parser, _sensitivity),
 }

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import __version__
 from .algorithms import options_types
+from .budgeting import Spending, ready
 from .config import LoadedConfig, load_config
 from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
@@ -27,9 +28,10 @@ from .export import Exporter, Layer, Source, check_shard, read_config, with_own_
 from .export.dense import FakeQuant, Transformed
 from .models import BlockSelection
 from .plan import bits_per_weight, free_disk, original_bytes
-from .prepare import Prepared, positions_of, prepare, state_of
+from .prepare import Prepared, positions_of, state_of
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics
+from .sensing import settled_by_measuring
 from .stream.activations import ActivationStore
 from .stream.batch import Batch
 from .stream.engine import Engine
@@ -81,7 +83,8 @@ def compress(
         LlmcError: bad input; nothing has been written unless the message says so.
     """
     loaded = config if isinstance(config, LoadedConfig) else load_config(config, overrides, options_types())
-    return run(prepare(loaded), listener or Silent())
+    prepared, spending = ready(loaded)
+    return run(prepared, listener or Silent(), spending)
 
 
 class Silent:
@@ -97,8 +100,8 @@ class Silent:
         """Ignore."""
 
 
-def run(prepared: Prepared, listener: Listener) -> Result:
-    """Do what ``prepare`` has checked."""
+def run(prepared: Prepared, listener: Listener, spending: Spending | None = None) -> Result:
+    """Do what ``ready`` has checked; ``spending`` is the budget that schemes are chosen out of, if there is one."""
     started = time.perf_counter()
     share_heap()
     give_back_memory()  # of the tokenizer
@@ -122,6 +125,11 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         checkpoint = prepared.checkpoint
         source = BlockSource(checkpoint.units(prepared.skeleton.units), checkpoint.decode)
         stack.callback(source.close)
+        settled, begun = None if spending is None else spending.settled, time.perf_counter()
+        if spending is not None and settled is None:
+            settled = settled_by_measuring(prepared, spending.budget, source, root, journal, listener.phase, keep=kept)
+            prepared = settled.prepared
+        measuring = {} if spending is None else {"sensitivity": time.perf_counter() - begun}
         surveyed = survey(prepared, source, workspace, journal, listener)
         selection = surveyed.selection
         sinks, transformed = _sinks(prepared, workspace, selection, keep_records=kept)
@@ -134,7 +142,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         outputs = _finish_outputs(prepared, workspace, written, journal, layers, selection)
         measured = Measured(
             seconds=time.perf_counter() - started,
-            by_kind=surveyed.seconds | outcome.seconds,
+            by_kind=measuring | surveyed.seconds | outcome.seconds,
             bytes_read=outcome.bytes_read,
             peak_host=peak_host_memory(),
             peak_device=torch.cuda.max_memory_allocated(prepared.device) if prepared.device.type == "cuda" else 0,
@@ -158,6 +166,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             mixed=_mixed(prepared),
             kv_scheme=_kv_scheme(prepared),
             bits=bits_per_weight(layers),
+            budget=settled.to_dict(spending.budget.asked) if settled and spending else None,
             influence=surveyed.to_dict(),
             perplexities=perplexities,
             outputs=outputs,
@@ -192,7 +201,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "scikit-learn")
+    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "scikit-learn", "scipy")
     return {"llmc": __version__, **{name: version(name) for name in packages}}
 
 

@@ -47,6 +47,7 @@ class LayerNote:
         pruning_error: ``error`` of the pruning, where a quantizer followed.
         tokens: of an expert's, how many calibration tokens it was shown; None where nobody counted.
         wanted: of an expert's that was shown fewer than these, and was solved with those of all experts of its layer.
+        trials: where schemes are only compared, the error with each of them.
     """
 
     error: float = 0.0
@@ -56,6 +57,7 @@ class LayerNote:
     pruning_error: float | None = None
     tokens: int | None = None
     wanted: int | None = None
+    trials: tuple[float, ...] | None = None
 
     def behind(self, earlier: LayerNote | None) -> LayerNote:
         """This note of a quantizer with what the pruner before it had to say."""

@@ -199,13 +199,20 @@ def token_losses(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
     for start in range(0, count - 1, _HEAD_TOKENS):
         stop = min(start + _HEAD_TOKENS, count - 1)
         part = hidden[:, start:stop]
-        with _recording(skeleton.blocks, part), _stubbed(skeleton, part):
-            logits = skeleton.model(input_ids=tokens[:, start:stop], use_cache=False).logits.float()
+        logits = head_logits(skeleton, part, tokens[:, start:stop])
         target = tokens[:, start + 1 : stop + 1]
         losses.append(
             nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
         )
     return torch.cat(losses, dim=1)
+
+
+def head_logits(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """What the model's own head makes, float32 ``[batch, tokens, vocabulary]``, of the last block's output ``[batch,
+    tokens, hidden]``; ``tokens`` are those that went in. Differentiable where gradients are enabled."""
+    with _recording(skeleton.blocks, hidden), _stubbed(skeleton, hidden):
+        logits: Tensor = skeleton.model(input_ids=tokens, use_cache=False).logits
+    return logits.float()
 
 
 def _stubbed(skeleton: Skeleton, returned: Tensor) -> AbstractContextManager[None]:

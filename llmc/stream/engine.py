@@ -81,7 +81,7 @@ class Engine:
         decoding: Batches = _NONE,
         dropped: frozenset[int] = frozenset(),
     ) -> None:
-        if journal.rows and recipe.steps and not sinks:
+        if any(row["kind"] == "unit" for row in journal.rows) and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
         self._skeleton, self._source, self._recipe = skeleton, source, recipe
         self._batches = {"calib": calib, "eval": evaluation, "decode": decoding}
@@ -384,9 +384,11 @@ class Engine:
 
 
 def _note(note: LayerNote) -> dict[str, Any]:
-    plain = {"error": note.error, "damp": note.damp, "fallback": note.fallback}
+    plain: dict[str, Any] = {"error": note.error, "damp": note.damp, "fallback": note.fallback}
     if note.sparsity is not None:
         plain |= {"sparsity": note.sparsity, "pruning_error": note.pruning_error}
     if note.tokens is not None:
         plain |= {"tokens": note.tokens, "wanted": note.wanted}
+    if note.trials is not None:
+        plain |= {"trials": list(note.trials)}
     return plain
