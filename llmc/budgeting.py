@@ -97,7 +97,7 @@ def make_budget(prepared: Prepared, asked: BudgetConfig) -> Budget:
         weights = tuple(WeightConfig.model_validate(one["weight"]) for one in found.candidates)
     specs = [weight_spec(weight, quant.act, packing_of(prepared.config, prepared.stored)) for weight in weights]
     candidates = [Candidate(spec.describe(), weight, spec) for weight, spec in zip(weights, specs, strict=True)]
-    kept = _storable(prepared, groups, candidates, strict=asked.candidates is not None)
+    kept = _storable(prepared, groups, candidates, named=asked.candidates is not None)
     losses = None if found is None else _losses_of(found, groups, kept, str(asked.losses))
     budget = Budget(asked, tuple(groups), tuple(kept), losses)
     if asked.bits is not None:  # whatever the losses, whether the budget is in range
@@ -185,7 +185,7 @@ def with_settings(prepared: Prepared, mix_bits: Mapping[str, Any]) -> Prepared:
 
 
 def _storable(
-    prepared: Prepared, groups: Sequence[Group], candidates: Sequence[Candidate], *, strict: bool
+    prepared: Prepared, groups: Sequence[Group], candidates: Sequence[Candidate], *, named: bool
 ) -> list[Candidate]:
     """The candidates that fit all layers and formats, alone and with one another.
 
@@ -193,30 +193,35 @@ def _storable(
         prepared: the run.
         groups: the layers.
         candidates: the schemes.
-        strict: raise at the first that doesn't, rather than leaving it out.
+        named: they are the user's, so that the first that doesn't fit is refused; else it's left out.
     """
-    quant, kept = _quant(prepared), list[Candidate]()
-    first: LlmcError | None = None
+    kept: list[Candidate] = []
+    refused: list[LlmcError] = []
     for index, candidate in enumerate(candidates):
         try:
-            with_settings(prepared, settings(quant, groups, [candidate], [0] * len(groups)))
+            _probe(prepared, groups, [candidate])
         except LlmcError as error:
-            first = first or error
-            if strict:
-                raise type(error)(
-                    f"{_KEY}.candidates, entry {index} ({candidate.name}): {error.message}", error.remedy
-                ) from error
+            if named:
+                where = f"{_KEY}.candidates, entry {index} ({candidate.name})"
+                raise type(error)(f"{where}: {error.message}", error.remedy) from error
+            refused.append(error)
         else:
             kept.append(candidate)
-    if first is not None and not kept:
-        raise first
-    if first is not None and len(kept) == 1:
+    if not kept:
+        raise refused[0]
+    if len(kept) == 1:
         raise ConfigError(
-            f"{_KEY}.budget: of the usual schemes only {kept[0].name} can be stored: {first.message}",
+            f"{_KEY}.budget: of the usual schemes only {kept[0].name} can be stored: {refused[-1].message}",
             f"name {_KEY}.candidates, or save another format, such as save_fake",
         )
-    with_settings(prepared, settings(quant, groups, kept, [index % len(kept) for index in range(len(groups))]))
+    _probe(prepared, groups, kept)
     return kept
+
+
+def _probe(prepared: Prepared, groups: Sequence[Group], candidates: Sequence[Candidate]) -> None:
+    """Whether a run could have all of these schemes, one after the other."""
+    choice = [index % len(candidates) for index in range(len(groups))]
+    with_settings(prepared, settings(_quant(prepared), groups, candidates, choice))
 
 
 def _losses_of(

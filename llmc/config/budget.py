@@ -43,7 +43,7 @@ class BudgetConfig(Section):
         None,
         min_length=2,
         description="mix_bits.candidates: the schemes to choose from; none: quant.weight with 2, 3, 4, 5, 6 and 8 "
-        "bits, as far as the formats to be saved have them.",
+        "bits, and 8 symmetric ones, as far as the formats to be saved have them.",
     )
     losses: str | None = Field(
         None, min_length=1, description="mix_bits.from: the sensitivity.json to choose by; none: measured first."
@@ -83,6 +83,8 @@ def candidate_weights(weight: WeightConfig, candidates: tuple[Candidate, ...] | 
     bare = candidates is None and not usual
     refuse_if(bare, _HERE, f"candidates: missing; quant.weight has bit {weight.bit} and {weight.granularity}")
     asked = candidates or tuple(Candidate.model_validate({"bit": bit}) for bit in _BITS)
+    if candidates is None and not weight.symmetric:  # vLLM has no kernel for 8 bits with zero points
+        asked += (Candidate.model_validate({"bit": 8, "symmetric": True}),)
     found: list[WeightConfig] = []
     for index, candidate in enumerate(asked):
         section = _section(index, weight, candidate)

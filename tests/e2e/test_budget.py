@@ -16,12 +16,13 @@ from transformers import AutoTokenizer
 
 import llmc
 import llmc.budgeting
+from llmc.algorithms import options_types
 from llmc.cli import main
 from llmc.config import load_config
 from llmc.errors import LlmcError
 from llmc.run import Silent
 
-SCHEMES = [{"bit": 4}, {"bit": 8}]
+SCHEMES = [{"bit": 4}, {"bit": 8, "symmetric": True}]
 MIXED = {"mix_bits": {"budget": 6.0, "candidates": SCHEMES}}
 ANY = {"save_vllm": False, "save_fake": True}
 SIX = [{"bit": 2}, {"bit": 4, "group_size": 64}, {"bit": 6, "symmetric": True}]
@@ -112,11 +113,12 @@ def grid(weight, bits, size, symmetric):
     top = 2 ** (bits - 1) - 1
     if symmetric:
         scale = (groups.abs().amax(-1, keepdim=True) / top).bfloat16().float()
-        return ((groups / scale).round().clamp(-top - 1, top) * scale).view_as(weight)
+        return ((groups / scale).round().clamp(-top - 1, top) * scale).bfloat16().float().view_as(weight)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).bfloat16().float()
     zero = (-low / scale).round().clamp(0, 2**bits - 1)
-    return (((groups / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale).view_as(weight)
+    codes = ((groups / scale).round() + zero).clamp(0, 2**bits - 1)
+    return ((codes - zero) * scale).bfloat16().float().view_as(weight)
 
 
 def test_importances_and_errors_are_those_of_the_whole_model(case):
@@ -129,7 +131,9 @@ def test_importances_and_errors_are_those_of_the_whole_model(case):
         importance, errors = expected[layer["name"]]
         assert layer["importance"] == pytest.approx(importance, rel=1e-3)
         assert [trial["error"] for trial in layer["trials"]] == pytest.approx(errors, rel=1e-3)
-        assert [trial["loss"] for trial in layer["trials"]] == pytest.approx([importance * one for one in errors], rel=2e-3)
+        assert [trial["loss"] for trial in layer["trials"]] == pytest.approx(
+            [importance * one for one in errors], rel=2e-3
+        )
         assert [trial["bits"] for trial in layer["trials"]] == [2 + 18 / 32, 4 + 20 / 64, 6 + 16 / 32]
 
 
@@ -150,7 +154,7 @@ def test_the_choice_is_the_best_of_all_and_the_run_is_that_of_its_settings(case)
     losses = np.array([[sum(one["trials"][i]["loss"] for one in group) for i in range(2)] for group in groups.values()])
     weights = np.array([sum(one["rows"] * one["columns"] for one in group) for group in groups.values()])
     choices = np.array(list(product((0, 1), repeat=len(groups))))
-    bits = np.where(choices == 0, 4 + 20 / 32, 8 + 24 / 32) @ weights / weights.sum()
+    bits = np.where(choices == 0, 4 + 20 / 32, 8 + 16 / 32) @ weights / weights.sum()
     sums = np.where(choices == 0, losses[:, 0], losses[:, 1]).sum(1)
     best = int(np.where(bits <= 6.0, sums, np.inf).argmin())
     spent = metrics["bit_budget"]
@@ -171,7 +175,7 @@ def test_a_file_of_losses_gives_the_same_without_measuring(case, capsys):
     file = measured.save_path / "sensitivity.json"
     run = case(quant={"mix_bits": {**MIXED["mix_bits"], "from": str(file)}})
     assert main([*run.arguments, "--dry-run"]) == 0
-    assert "W8 g32 asym" in capsys.readouterr().out
+    assert "W8 g32 sym" in capsys.readouterr().out
     listener = Measures()
     llmc.compress(run.content, listener=listener)
     assert run.written() == measured.written()
@@ -229,17 +233,20 @@ def test_nothing_saved_is_evaluated_all_the_same(case):
 
 
 def test_usual_candidates_are_those_that_can_be_stored(case):
-    loaded = llmc.budgeting.ready(load_config(case(quant={"mix_bits": {"budget": 5}}).content))
-    assert [one.spec.bits for one in loaded[1].budget.candidates] == [4, 8]
-    loaded = llmc.budgeting.ready(load_config(case(quant={"mix_bits": {"budget": 5}}, save=ANY).content))
-    assert [one.spec.bits for one in loaded[1].budget.candidates] == [2, 3, 4, 5, 6, 8]
+    def usual(**changes):
+        run = case(quant={"mix_bits": {"budget": 5}}, **changes)
+        _, spending = llmc.budgeting.ready(load_config(run.content, (), options_types()))
+        return [one.name for one in spending.budget.candidates]
+
+    assert usual() == ["W4 g32 asym", "W8 g32 sym"]
+    assert usual(save=ANY) == [*(f"W{bits} g32 asym" for bits in (2, 3, 4, 5, 6, 8)), "W8 g32 sym"]
 
 
 @pytest.mark.parametrize(
     ("mix_bits", "changes", "said"),
     [
-        ({"budget": 4.0}, {}, "4 bits per weight, but the candidates take from 4.6250 to 8.7500"),
-        ({"budget": 9}, {}, "9 bits per weight, but the candidates take from 4.6250 to 8.7500"),
+        ({"budget": 4.0}, {}, "4 bits per weight, but the candidates take from 4.6250 to 8.5000"),
+        ({"budget": 9}, {}, "9 bits per weight, but the candidates take from 4.6250 to 8.5000"),
         ({"budget": 4.0, "candidates": [{"bit": 3}, {"bit": 4}]}, {}, "candidates, entry 0 (W3 g32 asym)"),
         ({"budget": 4.0, "candidates": [{"bit": 3, "group_size": 48}, {"bit": 4}]}, {"save": ANY}, "48 doesn't divide"),
         ({"budget": 5, "from": "gone.json"}, {}, "quant.mix_bits.from: gone.json can't be read"),
@@ -270,8 +277,8 @@ def test_losses_of_another_model_version_or_scheme_are_refused(case, source_of, 
         file.write_text(json.dumps(content))
         given.content["quant"]["mix_bits"] = settings
         with pytest.raises(LlmcError, match=said):
-            llmc.budgeting.ready(load_config(given.content))
-    settings["candidates"] = [{"bit": 4}, {"bit": 8, "symmetric": True}]
+            llmc.budgeting.ready(load_config(given.content, (), options_types()))
+    settings["candidates"] = [{"bit": 4}, {"bit": 4, "symmetric": True}]
     file.write_text(json.dumps(found))
-    with pytest.raises(LlmcError, match="no losses with W8 g32 sym, only with W4 g32 asym, W8 g32 asym"):
-        llmc.budgeting.ready(load_config(run.content))
+    with pytest.raises(LlmcError, match="no losses with W4 g32 sym, only with W4 g32 asym, W8 g32 sym"):
+        llmc.budgeting.ready(load_config(run.content, (), options_types()))
