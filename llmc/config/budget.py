@@ -31,6 +31,11 @@ class Candidate(Section):
     group_size: legacy.GroupSize = Field(None, ge=1, description="Elements in a group, for per_group.")
 
 
+def _listed(value: object) -> object:
+    """A YAML list as the schema wants it."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class BudgetConfig(Section):
     """A budget of bits; in the file its keys stand in quant.mix_bits."""
 
@@ -39,9 +44,8 @@ class BudgetConfig(Section):
         gt=0,
         description="mix_bits.budget: bits per weight in the quantized layers, scales and zero points included.",
     )
-    candidates: Annotated[tuple[Candidate, ...] | None, BeforeValidator(lambda value: value and tuple(value))] = Field(
+    candidates: Annotated[tuple[Candidate, ...] | None, BeforeValidator(_listed)] = Field(
         None,
-        min_length=2,
         description="mix_bits.candidates: the schemes to choose from; none: quant.weight with 2, 3, 4, 5, 6 and 8 "
         "bits, and 8 symmetric ones, as far as the formats to be saved have them.",
     )
@@ -80,6 +84,8 @@ def candidate_weights(weight: WeightConfig, candidates: tuple[Candidate, ...] | 
         Misfit: one isn't a scheme, two are the same, or there are no usual ones.
     """
     usual = weight.quant_type == "int-quant" and weight.granularity in ("per_group", "per_channel", "per_tensor")
+    few = candidates is not None and len(candidates) < 2
+    refuse_if(few, _HERE, "candidates: at least two are needed to choose from")
     bare = candidates is None and not usual
     refuse_if(bare, _HERE, f"candidates: missing; quant.weight has bit {weight.bit} and {weight.granularity}")
     asked = candidates or tuple(Candidate.model_validate({"bit": bit}) for bit in _BITS)
