@@ -19,7 +19,7 @@ from .config.budget import BudgetConfig, candidate_weights
 from .config.schema import QuantConfig
 from .config.tensors import WeightConfig
 from .errors import ConfigError, LlmcError
-from .plan import bits_per_weight, make_layers, outside_layers
+from .plan import Estimate, bits_per_weight, make_layers, original_bytes, outside_layers
 from .prepare import Prepared, check_exporters, source_of
 from .schemes import weight_spec
 from .sensitivity import Sensitivity, read_sensitivity
@@ -134,9 +134,19 @@ def ready(loaded: LoadedConfig) -> tuple[Prepared, Spending | None]:
     budget = make_budget(prepared, asked)
     if budget.losses is None:
         check_gradients(prepared)
-        return prepared, Spending(budget)
+        return replace(prepared, estimate=_with_measuring(prepared)), Spending(budget)
     settled = settle(prepared, budget, budget.losses)
     return settled.prepared, Spending(budget, settled)
+
+
+def _with_measuring(prepared: Prepared) -> Estimate:
+    """What a run needs that measures first: three more readings, and a place for the inputs of all blocks."""
+    estimate, skeleton = prepared.estimate, prepared.skeleton
+    tokens = sum(batch.tokens.numel() for batch in prepared.calib)
+    width, size = skeleton.model.config.get_text_config().hidden_size, skeleton.model.dtype.itemsize
+    waiting = (len(skeleton.blocks) + 1) * tokens * width * size
+    read = estimate.read + 3 * original_bytes(prepared.checkpoint)
+    return replace(estimate, read=read, disk=estimate.disk + waiting)
 
 
 def check_gradients(prepared: Prepared) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 from cases import files_of, reload
-from test_pipeline import FAKE, VLLM, same_logits
+from test_mixed import same_dense_weights
+from test_pipeline import FAKE, VLLM
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -161,7 +162,7 @@ def test_the_choice_is_the_best_of_all_and_the_run_is_that_of_its_settings(case)
     assert spent["loss"] == pytest.approx(sums[best], rel=1e-9)
     assert spent["bits_per_weight"] == metrics["bits_per_weight"] == pytest.approx(bits[best])
     assert 0 < choices[best].sum() < len(groups)
-    assert same_logits(run, VLLM, FAKE)
+    assert same_dense_weights(run)
     again = case(method="GPTQ", quant=yaml.safe_load(spent["yaml"]))
     again.compress()
     assert again.written() == run.written()
