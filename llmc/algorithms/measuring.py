@@ -57,13 +57,14 @@ class Measuring(Algorithm):
 
 
 def _trial(view: SubsetView, spec: QuantSpec) -> SubsetView:
-    """The same subset with another grid, and nothing delivered yet."""
+    """The same subset with another grid, and nothing delivered yet. Clips are left out: they were found for the grid of
+    the recipe, and would favour it."""
     weights = {name: view.linears[name].weight.detach() for name in view.specs}
     specs = {
         name: bind_global_scale(spec, [weights[other] for other in view.subset.fused_with(name) if other in weights])
         for name in weights
     }
-    return replace(view, specs=specs, quantized={}, notes={})
+    return replace(view, specs=specs, clips={}, quantized={}, notes={})
 
 
 def _error(trial: SubsetView, name: str) -> float:

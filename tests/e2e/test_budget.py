@@ -239,16 +239,16 @@ def test_usual_candidates_are_those_that_can_be_stored(case):
         _, spending = llmc.budgeting.ready(load_config(run.content, (), options_types()))
         return [one.name for one in spending.budget.candidates]
 
-    assert usual() == ["W4 g32 asym", "W8 g32 sym"]
+    assert usual() == [*(f"W{bits} g32 asym" for bits in (2, 3, 4, 5, 6)), "W8 g32 sym"]
     assert usual(save=ANY) == [*(f"W{bits} g32 asym" for bits in (2, 3, 4, 5, 6, 8)), "W8 g32 sym"]
 
 
 @pytest.mark.parametrize(
     ("mix_bits", "changes", "said"),
     [
-        ({"budget": 4.0}, {}, "4 bits per weight, but the candidates take from 4.6250 to 8.5000"),
-        ({"budget": 9}, {}, "9 bits per weight, but the candidates take from 4.6250 to 8.5000"),
-        ({"budget": 4.0, "candidates": [{"bit": 3}, {"bit": 4}]}, {}, "candidates, entry 0 (W3 g32 asym)"),
+        ({"budget": 2.5}, {}, "2.5 bits per weight, but the candidates take from 2.5625 to 8.5000"),
+        ({"budget": 9}, {}, "9 bits per weight, but the candidates take from 2.5625 to 8.5000"),
+        ({"budget": 5.0, "candidates": [{"bit": 4}, {"bit": 8}]}, {}, "candidates, entry 1 (W8 g32 asym)"),
         ({"budget": 4.0, "candidates": [{"bit": 3, "group_size": 48}, {"bit": 4}]}, {"save": ANY}, "48 doesn't divide"),
         ({"budget": 5, "from": "gone.json"}, {}, "quant.mix_bits.from: gone.json can't be read"),
         ({"budget": 5}, {"calib": None}, "quant.mix_bits.budget needs calibration text"),
