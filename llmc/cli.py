@@ -34,6 +34,8 @@ further commands, each with a --help of its own:
       look whether a written or fetched folder is whole and holds what it should
   python -m llmc report ./out ./out-2
       compare runs in one HTML page; of one run, write its report again
+  python -m llmc sensitivity --config run.yml
+      measure what fewer or more bits would do to each layer
   python -m llmc inspect ./my-model
       show the blocks and Linears of a model, what can be done to them, and what can't
   python -m llmc check-data ./prompts.jsonl
@@ -67,6 +69,11 @@ own code on random weights; those that somebody did are compared with what that 
 _CHECK_DATA = """\
 Look at a file of texts, prompts, chats or questions of your own, and say what it holds. Ends with 0 if every record is
 right, 1 if one isn't, and 2 if the file can't be read."""
+
+
+_SENSITIVITY = """\
+Measure what each layer would lose with each candidate scheme, and write sensitivity.json into save.save_path; nothing
+is compressed. quant.mix_bits.budget then chooses by it (quant.mix_bits.from). Interrupted, it starts again."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -174,6 +181,14 @@ def report_parser() -> argparse.ArgumentParser:
     return made
 
 
+def sensitivity_parser() -> argparse.ArgumentParser:
+    """The arguments of ``sensitivity``."""
+    made = argparse.ArgumentParser("python -m llmc sensitivity", description=_SENSITIVITY)
+    made.add_argument("--config", required=True, metavar="FILE", help="YAML file of a run")
+    made.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as in a run")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -203,22 +218,24 @@ def _guarded(command: Callable[[Any], int], given: Any) -> int:
 
 def _main(given: Any) -> int:
     from .algorithms import options_types
+    from .budgeting import ready
     from .config import load_config
-    from .prepare import prepare
     from .report.console import Console
     from .run import run
 
     loaded = load_config(given.config, given.overrides, options_types())
     console = Console(given.task_id)
     console.warn(loaded.warnings)
-    prepared = prepare(loaded)
+    prepared, spending = ready(loaded)
     console.warn(prepared.warnings)
     if given.dry_run:
         decoded = prepared.checkpoint.says
         console.plan(prepared.layers, prepared.estimate, prepared.exporters, prepared.recipe.drop_blocks, decoded)
+        if spending is not None:
+            console.budget(spending.budget.describe())
         return 0
     with console.progress() as listener:
-        result = run(prepared, listener)
+        result = run(prepared, listener, spending)
     console.summary(result)
     return 0
 
@@ -289,6 +306,21 @@ def _check_data(given: Any) -> int:
     return 1 if found.problems or not found.records else 0
 
 
+def _sensitivity(given: Any) -> int:
+    from .algorithms import options_types
+    from .config import load_config
+    from .report.console import Console
+    from .report.sensitivities import show
+    from .sensing import sensitivity
+
+    loaded, console = load_config(given.config, given.overrides, options_types()), Console()
+    console.warn(loaded.warnings)
+    with console.progress() as listener:
+        found, file = sensitivity(loaded, listener.phase)
+    show(found, file)
+    return 0
+
+
 _COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any], int]]] = {
     "eval": (eval_parser, _eval),
     "export": (export_parser, _export),
@@ -296,4 +328,5 @@ _COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[Any]
     "report": (report_parser, _report),
     "inspect": (inspect_parser, _inspect),
     "check-data": (check_data_parser, _check_data),
+    "sensitivity": (sensitivity_parser, _sensitivity),
 }

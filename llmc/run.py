@@ -19,6 +19,7 @@ import torch
 from . import __version__
 from .algorithms import options_types
 from .analyzing import analysis_plan, finish_analysis
+from .budgeting import Spending, ready
 from .config import LoadedConfig, load_config
 from .errors import LlmcError, RunError
 from .eval.measure import Evaluated
@@ -29,10 +30,11 @@ from .measuring import Measuring
 from .models import BlockSelection
 from .passing import make_engine
 from .plan import bits_per_weight, free_disk, original_bytes
-from .prepare import Prepared, prepare
+from .prepare import Prepared
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics, with_evaluations
 from .report.page import finish_report
+from .sensing import settled_by_measuring
 from .stream.activations import ActivationStore
 from .stream.files import write_json
 from .stream.headers import headers_digest
@@ -95,11 +97,12 @@ def compress(
         LlmcError: bad input; nothing has been written unless the message says so.
     """
     loaded = config if isinstance(config, LoadedConfig) else load_config(config, overrides, options_types())
-    return run(prepare(loaded), listener or Silent())
+    prepared, spending = ready(loaded)
+    return run(prepared, listener or Silent(), spending)
 
 
-def run(prepared: Prepared, listener: Listener) -> Result:
-    """Do what ``prepare`` has checked."""
+def run(prepared: Prepared, listener: Listener, spending: Spending | None = None) -> Result:
+    """Do what ``ready`` has checked; ``spending`` is the budget that schemes are chosen out of, if there is one."""
     started = time.perf_counter()
     share_heap()
     give_back_memory()  # of the tokenizer
@@ -123,6 +126,11 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         checkpoint = prepared.checkpoint
         source = BlockSource(checkpoint.units(prepared.skeleton.units), checkpoint.decode)
         stack.callback(source.close)
+        settled, begun = None if spending is None else spending.settled, time.perf_counter()
+        if spending is not None and settled is None:
+            settled = settled_by_measuring(prepared, spending.budget, source, root, journal, listener.phase, keep=kept)
+            prepared = settled.prepared
+        chosen_in = {} if spending is None else {"sensitivity": time.perf_counter() - begun}
         surveyed = survey(prepared, source, workspace, journal, listener)
         selection = surveyed.selection
         measuring = Measuring(prepared.evaluations, prepared.recipe.kv)
@@ -149,7 +157,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         outputs = _finish_outputs(prepared, workspace, written, journal, layers, selection)
         measured = Measured(
             seconds=time.perf_counter() - started,
-            by_kind=surveyed.seconds | outcome.seconds,
+            by_kind=chosen_in | surveyed.seconds | outcome.seconds,
             bytes_read=outcome.bytes_read,
             peak_host=peak_host_memory(),
             peak_device=outcome.peak_device,
@@ -173,6 +181,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             mixed=_mixed(prepared),
             kv_scheme=_kv_scheme(prepared),
             bits=bits_per_weight(layers),
+            budget=settled.to_dict(spending.budget.asked) if settled and spending else None,
             influence=surveyed.to_dict(),
             evaluations=evaluations,
             outputs=outputs,
@@ -244,7 +253,7 @@ def _fingerprint(prepared: Prepared) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "scikit-learn")
+    packages = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "scikit-learn", "scipy")
     return {"llmc": __version__, **{name: version(name) for name in packages}}
 
 

@@ -112,7 +112,7 @@ def _asked(config: Config) -> list[type[Exporter]]:
     return [kind for kind in EXPORTERS if kind.name in names]
 
 
-def _packing(config: Config, stored: torch.dtype) -> Packing:
+def packing_of(config: Config, stored: torch.dtype) -> Packing:
     """How packed weights are stored, such that all formats to be saved agree on it."""
     kinds = _asked(config)
     wanted = {kind.name: kind.scale_dtype for kind in kinds if kind.scale_dtype}
@@ -130,7 +130,7 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
         full_names=frozenset(config.ignored_layers.special_names),
     )
     act = None if quant is None or quant.act is None else act_spec(quant.act)
-    packing = _packing(config, stored)
+    packing = packing_of(config, stored)
     weight = weight_spec(quant.weight, quant.act, packing) if quant and quant.weight else None
     recipe = Recipe((), None, ignored, config.base.seed)
     if methods := _methods(config):
@@ -154,8 +154,12 @@ def make_recipe_of(config: Config, stored: torch.dtype, kv: KvSpec | None) -> Re
         recipe = replace(recipe, observes=True)
     if sparse is not None and sparse.method == SHORTGPT:
         recipe = replace(recipe, drop_blocks=sparse.weight.n_prune_layers or 0)
+    budget = None if quant is None else quant.bit_budget
+    if budget is not None and budget.losses is None:
+        recipe = replace(recipe, surveys=True)
     if recipe.needs_data and config.calib is None:
         asking = [SHORTGPT] * (recipe.drop_blocks > 0)
+        asking += ["quant.mix_bits.budget"] * recipe.surveys
         asking += [step.algorithm.name for step in recipe.steps if step.algorithm.needs(quant_out=None).data]
         static = [one for one in recipe.acts if one.observer is not None]
         asking += ["save.save_imatrix"] * recipe.observes

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, Source, copy_side_files
+from .sensitivity import FILE
 from .stream.files import place, remove_unfinished, sync_folder, write_json
 from .stream.journal import Journal
 from .stream.sink import Sink
@@ -78,6 +79,7 @@ class Workspace:
         if path.exists() and not path.is_dir():
             raise RunError(f"save.save_path: {path} is a file", "name a folder")
         content = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        content -= {FILE}  # measured on its own, perhaps for this very run
         if self._clear:
             self._check_only_ours(content)
         elif content and on_existing != "add":

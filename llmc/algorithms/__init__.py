@@ -1,7 +1,8 @@
 """Methods: each a short file over statistics and a view of one subset."""
 
 from .base import Algorithm, Frame, Needs, Online, Options, is_named
-from .layers import Ignored, LayerPattern, Rule
+from .layers import Ignored, LayerPattern, Rule, first_scheme
+from .measuring import Measuring
 from .recipe import ExpertCalibration, Recipe, Step, make_recipe
 from .registry import ALGORITHMS, options_types
 from .shortgpt import NAME as SHORTGPT
@@ -25,6 +26,7 @@ __all__ = [
     "InspectCalls",
     "LayerNote",
     "LayerPattern",
+    "Measuring",
     "Needs",
     "Online",
     "Options",
@@ -34,6 +36,7 @@ __all__ = [
     "Step",
     "SubsetView",
     "TuneNote",
+    "first_scheme",
     "is_named",
     "least_influential",
     "make_recipe",

@@ -131,6 +131,9 @@ class Algorithm:
     folds: bool = True
     """Of a transform with data: whether it moves a scale into what is in front of a subset."""
 
+    delivers: ClassVar[bool] = True
+    """Of a quantizer: whether every Linear with a grid gets codes; else it only looks at them."""
+
     learns: ClassVar[bool] = False
     """Whether ``tune`` is to be called for each block before ``subset``. Only quantizers may."""
 

@@ -65,6 +65,7 @@ class Recipe:
         clustered: how tensors inside the blocks are quantized by a method that clusters channels; None: they aren't.
         observes: whether a format wants to know how large the transformed model's activations are.
         experts: how the experts of a mixture are calibrated.
+        surveys: whether the losses of layers are measured before anything is compressed.
     """
 
     steps: tuple[Step, ...]
@@ -79,6 +80,7 @@ class Recipe:
     clustered: ActSpec | None = None
     observes: bool = False
     experts: ExpertCalibration = field(default_factory=ExpertCalibration)
+    surveys: bool = False
 
     @property
     def changes(self) -> bool:
@@ -149,7 +151,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether any step, a static KV cache or the survey of all blocks wants calibration tokens."""
-        surveyed = self.calibrates_cache or self.drop_blocks > 0 or self.observes
+        surveyed = self.calibrates_cache or self.drop_blocks > 0 or self.observes or self.surveys
         return surveyed or any(step.needs.data for step in self.steps)
 
     @property

@@ -47,6 +47,7 @@ class LayerNote:
         pruning_error: ``error`` of the pruning, where a quantizer followed.
         tokens: of an expert's, how many calibration tokens it was shown; None where nobody counted.
         wanted: of an expert's that was shown fewer than these, and was solved with those of all experts of its layer.
+        trials: where schemes are only compared, the error with each of them.
     """
 
     error: float = 0.0
@@ -56,6 +57,7 @@ class LayerNote:
     pruning_error: float | None = None
     tokens: int | None = None
     wanted: int | None = None
+    trials: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the journal; what a pruner or a mixture tells only where there is one."""
@@ -64,6 +66,8 @@ class LayerNote:
             plain |= {"sparsity": self.sparsity, "pruning_error": self.pruning_error}
         if self.tokens is not None:
             plain |= {"tokens": self.tokens, "wanted": self.wanted}
+        if self.trials is not None:
+            plain |= {"trials": list(self.trials)}
         return plain
 
     def behind(self, earlier: LayerNote | None) -> LayerNote:

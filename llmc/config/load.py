@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from llmc.config.budget import gather_budget
 from llmc.config.legacy import METHODS, SPECIAL_KEYS, modernise
 from llmc.config.schema import Config
 from llmc.config.suggest import (
@@ -64,6 +65,7 @@ def load_config(
     for override in overrides:
         _override(document, override)
     modernise(document)
+    gather_budget(document)
     options = {section: _resolve_options(document, section, methods) for section in ("quant", "sparse")}
     try:
         config = Config.model_validate(document.data)

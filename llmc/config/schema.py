@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
 from llmc.config import legacy
+from llmc.config.budget import BudgetConfig, candidate_weights
 from llmc.config.reporting import ReportConfig
 from llmc.config.rules import check_evaluation, check_written
 from llmc.config.section import Section
@@ -159,6 +160,9 @@ class QuantConfig(MethodSection):
     act: Act = Field(None, description="How activations are quantized; None leaves them.")
     kvcache: KvCache = Field(None, description="How the KV cache is quantized; None leaves it.")
     mix_bits: dict[str, MixSetting] = Field({}, description="Named settings for layers that get another scheme.")
+    bit_budget: BudgetConfig | None = Field(
+        None, description="Bits out of which each layer's scheme is chosen; written in mix_bits."
+    )
     quant_out: bool | None = Field(None, description="Feed each block compressed outputs; None: as the method has it.")
     tp: int = Field(1, ge=1, description="Tensor-parallel shards that scales are computed for.")
     token_reduction: legacy.Options | None = Field(None, description="Accepted from LLMC: reduction of visual tokens.")
@@ -169,6 +173,9 @@ class QuantConfig(MethodSection):
         refuse_if(twice, "method", f"{twice[:1]} stands there twice")
         refuse_if(self.tp > 1, "tp", f"{self.tp}: tensor-parallel scales are not supported yet")
         check_blocks(self.weight, self.act)
+        refuse_if(self.bit_budget and not self.weight, "weight", "missing; mix_bits.budget varies its bits")
+        if self.bit_budget and self.weight:
+            candidate_weights(self.weight, self.bit_budget.candidates)
         return self
 
 

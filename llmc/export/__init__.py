@@ -3,6 +3,7 @@
 from .base import Exporter, Layer, Source, copy_side_files, read_config, with_own_head, without_quantization
 from .check import check_shard
 from .registry import EXPORTERS
+from .shared import expert_layer
 from .trtllm_check import check_trtllm
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "check_shard",
     "check_trtllm",
     "copy_side_files",
+    "expert_layer",
     "read_config",
     "with_own_head",
     "without_quantization",

@@ -31,14 +31,20 @@ def check_fused(layers: Sequence[Layer], backend: str) -> None:
             )
 
 
+def expert_layer(name: str) -> str | None:
+    """The module of all experts of a layer that a Linear, by its checkpoint name, is of; None if it's no expert's."""
+    found = _EXPERT.match(name)
+    return None if found is None else found[1]
+
+
 def _check_experts(layers: Sequence[Layer], backend: str) -> None:
     """One kernel computes all experts of a layer."""
     first: dict[str, Layer] = {}
     for layer in layers:
-        found = _EXPERT.match(layer.name)
-        if found is None:
+        experts = expert_layer(layer.name)
+        if experts is None:
             continue
-        other = first.setdefault(found[1], layer)
+        other = first.setdefault(experts, layer)
         if other.scheme != layer.scheme:
             raise ExportError(
                 f"{backend} has one scheme for all experts of a layer: those of {other.name} and {layer.name} differ",

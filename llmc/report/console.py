@@ -153,6 +153,10 @@ class Console:
             }
         )
 
+    def budget(self, text: str) -> None:
+        """What schemes are, or will be, chosen out of."""
+        self._facts({"budget": text})
+
     def summary(self, result: Result) -> None:
         """The numbers of a finished run, and where things are."""
         metrics = result.metrics
@@ -170,6 +174,10 @@ class Console:
             facts["bits per key and value"] = f"{metrics['kv_scheme']['bits_per_element']:.2f} in the KV cache"
         if metrics["bits_per_weight"] is not None:
             facts["bits per weight"] = f"{metrics['bits_per_weight']:.2f} in the quantized layers"
+        if (budget := metrics["bit_budget"]) is not None:
+            for name, setting in budget["mix_bits"].items():
+                facts[f"chosen ({name})"] = ", ".join(setting["layer_name"])
+            facts["expected loss"] = f"{budget['loss']:.4g} nats per token; metrics.json has the choice as YAML"
         if (surveyed := metrics["blocks_dropped"]) is not None:
             dropped = [f"{index} ({surveyed['influence'][index]:.3f})" for index in surveyed["dropped"]]
             kept = metrics["model"]["blocks"] - len(dropped)

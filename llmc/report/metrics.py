@@ -56,6 +56,7 @@ def make_metrics(
     mixed: Sequence[Mapping[str, Any]],
     kv_scheme: Mapping[str, Any] | None,
     bits: float | None,
+    budget: Mapping[str, Any] | None,
     influence: Mapping[str, Any] | None,
     evaluations: Sequence[Evaluated],
     outputs: Mapping[str, Mapping[str, Any]],
@@ -69,7 +70,8 @@ def make_metrics(
     of a pruned one the fraction of zeros and, if a quantizer followed, the error that it found (``error`` is then the
     quantizer's own); ``inputs`` the calibrated range of each subset's input where activations have
     static scales. ``blocks_dropped`` gives the influence of every block of the original model and the numbers of those
-    that were left out; ``unit`` keeps the original numbers.
+    that were left out; ``unit`` keeps the original numbers. ``bit_budget`` says what was asked of a budget of bits,
+    what was chosen (``yaml`` reproduces it without measuring), and how many nats per token it was expected to lose.
     ``experts`` says of each block of a mixture how many calibration tokens its experts were shown, and which saw too
     few and were solved with those of all; in ``layers`` stand every expert's ``tokens``, and in ``wanted`` how many it
     should have had where it had fewer.
@@ -92,6 +94,7 @@ def make_metrics(
         "mixed_schemes": list(mixed),
         "kv_scheme": kv_scheme,
         "bits_per_weight": bits,
+        "bit_budget": budget,
         "blocks_dropped": influence,
         "evaluation": [one.to_dict() for one in evaluations],
         "outputs": {name: dict(output) for name, output in outputs.items()},

@@ -191,6 +191,7 @@ def head_logits(skeleton: Skeleton, hidden: Tensor, tokens: Tensor) -> Tensor:
 
     The model's own forward does it, with recorders that return the saved ``hidden`` ``[batch, n, hidden]``: final
     norm, soft-capping and un-embedding come out right for every architecture. What stands before the blocks is stubbed.
+    Differentiable where gradients are enabled.
 
     Args:
         skeleton: the model, its head loaded.

@@ -85,7 +85,7 @@ class Engine:
         dropped: frozenset[int] = frozenset(),
         analysis: AnalysisPlan | None = None,
     ) -> None:
-        if journal.rows and recipe.steps and not sinks:
+        if any(row["kind"] == "unit" for row in journal.rows) and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
         self._skeleton, self._source, self._recipe = skeleton, source, recipe
         self._batches = {"calib": calib, "eval": evaluation, "decode": decoding}
