@@ -49,7 +49,9 @@ METHODS = {
 }
 SIZE = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 FAMILIES = {
-    "llama": lambda vocabulary: LlamaConfig(vocab_size=vocabulary, **SIZE, intermediate_size=256, num_key_value_heads=2),
+    "llama": lambda vocabulary: LlamaConfig(
+        vocab_size=vocabulary, **SIZE, intermediate_size=256, num_key_value_heads=2
+    ),
     "opt": lambda vocabulary: OPTConfig(vocab_size=vocabulary, **SIZE, ffn_dim=256, word_embed_proj_dim=256),
     "bloom": lambda vocabulary: BloomConfig(vocab_size=vocabulary, hidden_size=256, n_layer=2, n_head=4),
 }
