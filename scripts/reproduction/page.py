@@ -35,7 +35,7 @@ def summary(judged: Sequence[Judged]) -> str:
 
 def missing_lines(outcomes: Iterable[Outcome]) -> list[str]:
     """Each thing that is missing, once, with the number of cells that lack it."""
-    counts = Counter(what for outcome in outcomes for what in set(outcome.missing))
+    counts = Counter(what for outcome in outcomes for what in dict.fromkeys(outcome.missing))
     return [f"{what} [{count} cell{'s' * (count > 1)}]" for what, count in counts.items()]
 
 
