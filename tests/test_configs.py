@@ -6,28 +6,23 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from dry import small, write_bytes_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmc.algorithms import options_types
 from llmc.config import load_config
 from llmc.prepare import prepare
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.rglob("*.yml"))
+FILES = sorted(file for file in CONFIGS.rglob("*.yml") if "reproduce" not in file.parts)  # those: tests/reproduction
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A Llama whose widths the groups of 64 and 128 divide, with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=write_bytes_tokenizer(folder),
         hidden_size=256,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -44,17 +39,6 @@ def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("All in the golden afternoon full leisurely we glide.\n" * 20)
     return file
-
-
-def small(section, text):
-    """Overrides that replace the text of a section, such as calib or eval.0, by a little local one."""
-    values = {"name": "text", "path": text, "download": False, "seq_len": 32}
-    values |= (
-        {"n_samples": 2, "preproc": "sequential", "apply_chat_template": False}
-        if section == "calib"
-        else {"num_chunks": 2}
-    )
-    return [f"{section}.{key}={value}" for key, value in values.items()]
 
 
 def test_there_are_files():

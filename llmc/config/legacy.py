@@ -202,9 +202,10 @@ GroupSize = Annotated[int | None, BeforeValidator(lambda size: None if size == -
 DType = Annotated[Literal["auto", "float16", "bfloat16", "float32", "float8_e4m3fn"], BeforeValidator(dtype)]
 Device = Annotated[str, AfterValidator(device)]
 Family = Annotated[str, AfterValidator(model_family)]
-CalibName = Literal["wikitext2", "c4", "pileval", "ptb", "ultrachat", "text", "custom_txt", "custom_mm"]
+CalibName = Literal["wikitext2", "c4", "pileval", "ptb", "mix", "ultrachat", "text", "custom_txt", "custom_mm"]
 Preproc = Literal[
-    "wikitext2_gptq", "ptb_gptq", "c4_gptq", "pileval_awq", "pileval_smooth", "pileval_omni", "txt_general_preproc",
+    "wikitext2_gptq", "ptb_gptq", "c4_gptq", "mix_gptq", "pileval_awq", "pileval_smooth", "pileval_omni",
+    "txt_general_preproc",
     "random_truncate_txt", "ultrachat_general", "img_general", "original_txt", "sequential",
 ]  # fmt: skip
 EvalPosition = Literal["pretrain", "transformed", "fake_quant", "fake_quant_wo_kv"]

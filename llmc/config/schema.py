@@ -50,8 +50,8 @@ class CalibConfig(Section):
     """The text that the statistics are taken from."""
 
     name: legacy.CalibName = Field(
-        description="Which data set; text is a local .txt, .jsonl, .parquet file or folder; custom_mm a folder with "
-        "images and samples.json."
+        description="Which data set; mix is wikitext2, ptb and c4 together; text is a local .txt, .jsonl, .parquet "
+        "file or folder; custom_mm a folder with images and samples.json."
     )
     path: str | None = Field(None, description="Where the data set lies.")
     download: bool = Field(False, description="Fetch the data set from the Hugging Face hub.")
@@ -86,6 +86,9 @@ class CalibConfig(Section):
             made, "preproc", f"{self.preproc} has no use with name custom_mm: the model's processor makes samples"
         )
         refuse_if(whole and self.seq_len, "seq_len", f"{self.seq_len} has no use with preproc original_txt")
+        mixed = self.name == "mix"
+        refuse_if(mixed != (self.preproc == "mix_gptq"), "preproc", "mix_gptq and name mix go together")
+        refuse_if(mixed and self.n_samples % 3, "n_samples", f"{self.n_samples} isn't a multiple of 3, the sets of mix")
         if not self.padding and self.name != "custom_mm":
             refuse_if(not self.preproc, "preproc", "missing; how samples are cut, for example txt_general_preproc")
             refuse_if(not whole and not self.seq_len, "seq_len", f"missing; preproc {self.preproc} needs it")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy
@@ -26,14 +26,19 @@ AWQ_LONGEST_DOCUMENT = 512
 OMNI_DOCUMENTS = 1000
 """pileval_omni joins only so many of the first documents."""
 
+MIX = "mix"
+MIXED: Mapping[str, str] = {"wikitext2": "wikitext2_gptq", "ptb": "wikitext2_gptq", "c4": "c4_gptq"}
+"""The sets of ``mix`` and the preset of each. All of ptb is joined by two newlines here, not by spaces."""
+
 
 @dataclass(frozen=True)
 class CalibrationSpec:
     """What to calibrate with.
 
     Attributes:
-        name: a public set (wikitext2, c4, ptb, pileval, ultrachat), or any name for local text.
-        path: a saved data set, a text file, or a folder of them; ``#0:0.5`` at its end takes a fraction.
+        name: a public set (wikitext2, c4, ptb, pileval, ultrachat), ``mix``, or any name for local text.
+        path: a saved data set, a text file, or a folder of them; ``#0:0.5`` at its end takes a fraction. For ``mix``
+            a folder with one for each of its sets, by their names.
         download: fetch the public set from the hub; `path` is then ignored.
         n_samples: how many samples; always met exactly, or it is an error.
         seq_len: tokens in a sample; None for original_txt only. pileval_smooth and ultrachat_general cut longer
@@ -94,6 +99,8 @@ def calibration_samples(spec: CalibrationSpec, tokenizer: Tokenizer) -> list[Ten
     Raises:
         DataError: an unknown preset, options that don't go together, unreadable text, or too little of it.
     """
+    if spec.name == MIX:
+        return _mixed(spec, tokenizer)
     preset = PRESETS.get(spec.preproc)
     if preset is None:
         raise DataError(f"there is no preset '{spec.preproc}'", f"set calib.preproc to one of {', '.join(PRESETS)}")
@@ -116,6 +123,18 @@ def calibration_samples(spec: CalibrationSpec, tokenizer: Tokenizer) -> list[Ten
             f"{spec.preproc} made {len(samples)} of calib.n_samples {spec.n_samples} samples",
             "set calib.n_samples to that, or give it more text",
         )
+    return samples
+
+
+def _mixed(spec: CalibrationSpec, tokenizer: Tokenizer) -> list[Tensor]:
+    """A third from each set in turn, every third drawn with the same seed: what RPTQ calibrates on (its ``mix``)."""
+    if spec.n_samples % len(MIXED):
+        raise DataError(f"calib.n_samples is {spec.n_samples}", f"{MIX} needs a multiple of {len(MIXED)}")
+    samples = []
+    for name, preproc in MIXED.items():
+        path = None if spec.path is None else f"{spec.path}/{name}"
+        part = replace(spec, name=name, path=path, n_samples=spec.n_samples // len(MIXED), preproc=preproc)
+        samples += calibration_samples(part, tokenizer)
     return samples
 
 

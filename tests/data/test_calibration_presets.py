@@ -212,3 +212,29 @@ def test_a_template_needs_documents_and_a_tokenizer_that_has_one(lines, tokenize
             calibration_samples(spec(lines, "ultrachat_general", 1, 8), tokenizer)
     finally:
         tokenizer.chat_template = template
+
+
+MIX_STARTS = {"wikitext2": 0, "ptb": 100, "c4": 200}  # words that no other set has
+
+
+def test_the_mix_is_a_third_of_each_set_drawn_with_one_seed(tmp_path, tokenizer):
+    """RPTQ's: windows of wikitext2 and of ptb, both joined by two newlines, then of random documents of c4."""
+    sets = {name: [words(at + i, at + i + 30) for i in range(40)] for name, at in MIX_STARTS.items()}
+    for name, texts in sets.items():
+        field = "sentence" if name == "ptb" else "text"
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict({field: texts})}).save_to_disk(tmp_path / name)
+    mixed = CalibrationSpec("mix", str(tmp_path), False, 6, 16, "mix_gptq", seed=2)
+    samples = calibration_samples(mixed, tokenizer)
+    assert len(samples) == 6
+    for place, (name, texts) in enumerate(sets.items()):
+        generator = random.Random(2)
+        for sample in samples[2 * place : 2 * place + 2]:
+            text = texts[generator.randint(0, len(texts) - 1)] if name == "c4" else "\n\n".join(texts)
+            tokens = tokenizer(text)["input_ids"]
+            start = generator.randint(0, len(tokens) - 16 - 1)
+            assert sample.tolist() == tokens[start : start + 16]
+
+
+def test_the_mix_needs_a_multiple_of_three(tmp_path, tokenizer):
+    with pytest.raises(DataError, match="n_samples is 128"):
+        calibration_samples(CalibrationSpec("mix", str(tmp_path), False, 128, 16, "mix_gptq"), tokenizer)

@@ -1,0 +1,1 @@
+"""Reproducing published numbers: suites of configurations, what they are compared with, and what came out."""
