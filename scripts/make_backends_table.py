@@ -129,7 +129,7 @@ def render() -> str:
     lines += ["", "**exact**: what is written is code for code what was evaluated. **accepted**: the same, and the run"]
     lines += ["warns of what the backend needs or does otherwise. **no**: refused before a weight is read.", ""]
     for kind in kinds:
-        lines += ["<details>", f"<summary><code>{kind.name}</code>: {PROVED[kind.name]}</summary>", ""]
+        lines += ['<details markdown="1">', f"<summary><code>{kind.name}</code>: {PROVED[kind.name]}</summary>", ""]
         lines += [f"- {note}" for note in notes[kind.name]] or ["- nothing to say"]
         lines += ["", "</details>", ""]
     return "\n".join(lines)

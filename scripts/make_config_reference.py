@@ -45,18 +45,18 @@ def main() -> None:
 
 
 def page() -> str:
-    parts = [INTRODUCTION, "# Sections\n"]
+    parts = [INTRODUCTION, "## Sections\n"]
     shown: dict[type[BaseModel], str] = {}
     for path, model in sections(Config, ""):
         title = f"`{path}`" if path else "top level"
         if model in shown:
-            parts.append(f"## {title}\n\n{first_line(model)} The keys are those of {shown[model]}.\n")
+            parts.append(f"### {title}\n\n{first_line(model)} The keys are those of {shown[model]}.\n")
         else:
             shown[model] = title
             parts.append(table(title, model))
-    parts.append("# Options of the methods\n\nThe keys of `quant.special`; a pruner's, of `sparse.special`.\n")
+    parts.append("## Options of the methods\n\nThe keys of `quant.special`; a pruner's, of `sparse.special`.\n")
     for name, model in options_types().items():
-        parts.append(table(name, model) if model.model_fields else f"## {name}\n\n{name} has no options.\n")
+        parts.append(table(name, model) if model.model_fields else f"### {name}\n\n{name} has no options.\n")
     return "\n".join(parts)
 
 
@@ -79,7 +79,7 @@ def sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[Base
 
 
 def table(title: str, model: type[BaseModel]) -> str:
-    lines = [f"## {title}", "", first_line(model), "", "| key | values | default | meaning |", "|---|---|---|---|"]
+    lines = [f"### {title}", "", first_line(model), "", "| key | values | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         cells = (f"`{name}`", values(field), default(field), field.description or "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
