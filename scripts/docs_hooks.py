@@ -16,7 +16,7 @@ from llmc import cli
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 EXAMPLES, COMMANDS = "examples.md", "commands.md"
-_CONFIG_LINK = re.compile(r"\]\((?:\.\./)+configs/([\w./-]+\.yml)\)")
+_CONFIG_LINK = re.compile(r"\]\((?:\.\./)+configs(?:/([\w./-]+\.yml))?\)")
 _DRAWING = re.compile(r'<img alt="([^"]*)" src="[^"]*assets/([\w-]+)\.drawing\.svg"[^>]*>')
 
 
@@ -28,9 +28,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links to a file in ``configs/`` lead to where the site shows it."""
-    up = "../" * page.file.src_uri.count("/")
-    return _CONFIG_LINK.sub(lambda found: f"]({up}{EXAMPLES}#{anchor(found[1])})", markdown)
+    """Links to ``configs/``, or a file in it, lead to where the site shows them."""
+    place = "../" * page.file.src_uri.count("/") + EXAMPLES
+    return _CONFIG_LINK.sub(lambda found: f"]({place}{f'#{anchor(found[1])}' if found[1] else ''})", markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:

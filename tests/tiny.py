@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from llmc.models import ModelAdapter, Subset, find_adapter
 from llmc.models.layouts import StoredLayout, layout_of
@@ -102,6 +109,25 @@ def write_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch
         for tensor in (*model.parameters(), *buffers):
             tensor.add_(torch.randn_like(tensor), alpha=0.15)
     model.to(dtype).save_pretrained(folder, max_shard_size="40KB")
+
+
+def write_byte_model(folder: Path) -> None:
+    """A Llama whose widths the groups of 64 and 128 divide, with a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(alphabet),
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def checkpoints(configs: Mapping[str, PreTrainedConfig], new_folder: Callable[[str], Path]) -> Callable[[str], Tiny]:

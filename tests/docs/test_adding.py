@@ -98,5 +98,7 @@ def test_the_format_holds_the_codes(done):
     runs = original(folder)[f"{name}.weight"].reshape(32, 2, 32)
     scale = (runs.abs().amax(-1) / 7).half()
     assert torch.equal(stored[f"{name}.scales"], scale)
-    assert torch.equal(stored[f"{name}.codes"], (runs / scale[..., None].float()).round().to(torch.int8).reshape(32, 64))
+    assert torch.equal(
+        stored[f"{name}.codes"], (runs / scale[..., None].float()).round().to(torch.int8).reshape(32, 64)
+    )
     assert f"{name}.weight" not in stored and stored[f"{name}.codes"].dtype == torch.int8
