@@ -25,14 +25,15 @@ INTRODUCTION = """\
 
 <!-- Written by scripts/make_config_reference.py: edit the descriptions in llmc/config/, then run it. -->
 
-A run is one YAML file; its sections, keys and method names are those of LLMC. Every file under `configs/` is complete.
+A run is one YAML file; its sections, keys and method names are those of LLMC. The files under
+[`configs/`](../configs) are complete.
 
 - **Strict**: an unknown key, a wrong type or a value out of range is an error that names the key, its line and the
   nearest name that exists. All problems of a file are reported at once, before the model is read.
 - **Overrides**: `--set quant.weight.bit=3`, as often as you like; the value is YAML. `eval.0.seq_len=512` reaches into
   a list.
-- **Known is not the same as available**: the schema knows keys of LLMC that this version can't carry out
-  (such as other exports). Using one is an error that names it; see the README's table.
+- **Known is not the same as available**: the schema knows keys of LLMC that this version can't carry out.
+  Using one is an error that names it; [Coming from LLMC](coming-from-llmc.md#what-isnt-there) lists them.
 - `eval` may be one section or a list of them. `path: text.txt#0:0.5` takes a part of a file.
 - The keys of `quant.special` depend on the method; with several methods `special` is keyed by method. A pruner's are
   those of `sparse.special`.
