@@ -65,12 +65,10 @@ def examples() -> str:
 
 def example(file: Path) -> str:
     """A file to unfold and copy."""
-    name = str(file.relative_to(CONFIGS))
-    text = file.read_text(encoding="utf-8").rstrip().replace("\n", "\n    ")
-    return (
-        f'### {file.stem} {{ #{anchor(name)} }}\n\n??? example "`configs/{name}`"\n'
-        f'    ```yaml title="configs/{name}"\n    {text}\n    ```\n'
-    )
+    name, text = str(file.relative_to(CONFIGS)), file.read_text(encoding="utf-8").rstrip()
+    summary = f"<summary>{file.stem}</summary>"
+    block = f'```yaml title="configs/{name}"\n{text}\n```'
+    return f'<details class="file" id="{anchor(name)}" markdown="1">\n{summary}\n\n{block}\n\n</details>\n'
 
 
 def commands() -> str:
