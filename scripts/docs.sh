@@ -8,5 +8,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 make_environment docs
+export NO_MKDOCS_2_WARNING=1  # an advertisement, not a warning
 command=${1:-build}
 exec "$venv/bin/mkdocs" "$command" --strict "${@:2}"

@@ -84,5 +84,5 @@ def commands() -> str:
 
 def section(title: str, parser: argparse.ArgumentParser) -> str:
     """A command's help, lines as wide as a page."""
-    parser.formatter_class = partial(parser.formatter_class, width=100)
+    parser.formatter_class = partial(parser.formatter_class, width=88)
     return f"## {title}\n\n```text\n{parser.format_help().rstrip()}\n```\n"

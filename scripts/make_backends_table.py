@@ -127,7 +127,12 @@ def render() -> str:
             if note:
                 notes[kind.name].append(f"{name}: {note}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "</div>", "", "**exact**: what is written is code for code what was evaluated. **accepted**: the same, and the run"]
+    lines += [
+        "",
+        "</div>",
+        "",
+        "**exact**: what is written is code for code what was evaluated. **accepted**: the same, and the run",
+    ]
     lines += ["warns of what the backend needs or does otherwise. **no**: refused before a weight is read.", ""]
     for kind in kinds:
         lines += ['<details markdown="1">', f"<summary><code>{kind.name}</code>: {PROVED[kind.name]}</summary>", ""]

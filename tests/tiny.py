@@ -111,8 +111,8 @@ def write_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch
     model.to(dtype).save_pretrained(folder, max_shard_size="40KB")
 
 
-def write_byte_model(folder: Path) -> None:
-    """A Llama whose widths the groups of 64 and 128 divide, with a tokenizer of bytes."""
+def write_byte_model(folder: Path, width: int = 256) -> None:
+    """A Llama of two blocks with a tokenizer of bytes; groups of 64 and 128 divide 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={sign: index for index, sign in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -120,8 +120,8 @@ def write_byte_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(alphabet),
-        hidden_size=256,
-        intermediate_size=256,
+        hidden_size=width,
+        intermediate_size=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

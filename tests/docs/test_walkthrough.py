@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "quickstart.md"
 def place(tmp_path_factory):
     """The project's folder as the page supposes it: the model that the script fetches, and the reader's file."""
     folder = tmp_path_factory.mktemp("quickstart")
-    write_byte_model(folder / "models" / "smollm2-135m")
+    write_byte_model(folder / "models" / "smollm2-135m", width=64)
     shutil.copytree(ROOT / "configs", folder / "configs")
     (block,) = blocks("yaml", page=PAGE)
     (folder / block.title).write_text(block.text, encoding="utf-8")
