@@ -116,7 +116,8 @@ def judged(kind: type[Exporter], quant: Mapping[str, Any]) -> tuple[str, str]:
 def render() -> str:
     """Everything between the page's two marks."""
     kinds = [kind for kind in EXPORTERS if kind.stores_weights and not kind.transformed_only]
-    lines = [f"| | {' | '.join(f'`{kind.name}`' for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    lines = ['<div class="matrix" markdown="1">', ""]
+    lines += [f"| | {' | '.join(f'`{kind.name}`' for kind in kinds)} |", "|---" * (len(kinds) + 1) + "|"]
     notes: dict[str, list[str]] = {kind.name: [] for kind in kinds}
     for name, quant in SCHEMES.items():
         cells = []
@@ -126,10 +127,15 @@ def render() -> str:
             if note:
                 notes[kind.name].append(f"{name}: {note}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "**exact**: what is written is code for code what was evaluated. **accepted**: the same, and the run"]
+    lines += [
+        "",
+        "</div>",
+        "",
+        "**exact**: what is written is code for code what was evaluated. **accepted**: the same, and the run",
+    ]
     lines += ["warns of what the backend needs or does otherwise. **no**: refused before a weight is read.", ""]
     for kind in kinds:
-        lines += ["<details>", f"<summary><code>{kind.name}</code>: {PROVED[kind.name]}</summary>", ""]
+        lines += ['<details markdown="1">', f"<summary><code>{kind.name}</code>: {PROVED[kind.name]}</summary>", ""]
         lines += [f"- {note}" for note in notes[kind.name]] or ["- nothing to say"]
         lines += ["", "</details>", ""]
     return "\n".join(lines)

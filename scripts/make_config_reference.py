@@ -25,14 +25,15 @@ INTRODUCTION = """\
 
 <!-- Written by scripts/make_config_reference.py: edit the descriptions in llmc/config/, then run it. -->
 
-A run is one YAML file; its sections, keys and method names are those of LLMC. Every file under `configs/` is complete.
+A run is one YAML file; its sections, keys and method names are those of LLMC. The files under
+[`configs/`](../configs) are complete.
 
 - **Strict**: an unknown key, a wrong type or a value out of range is an error that names the key, its line and the
   nearest name that exists. All problems of a file are reported at once, before the model is read.
 - **Overrides**: `--set quant.weight.bit=3`, as often as you like; the value is YAML. `eval.0.seq_len=512` reaches into
   a list.
-- **Known is not the same as available**: the schema knows keys of LLMC that this version can't carry out
-  (such as other exports). Using one is an error that names it; see the README's table.
+- **Known is not the same as available**: the schema knows keys of LLMC that this version can't carry out.
+  Using one is an error that names it; [Coming from LLMC](coming-from-llmc.md#what-isnt-there) lists them.
 - `eval` may be one section or a list of them. `path: text.txt#0:0.5` takes a part of a file.
 - The keys of `quant.special` depend on the method; with several methods `special` is keyed by method. A pruner's are
   those of `sparse.special`.
@@ -45,18 +46,18 @@ def main() -> None:
 
 
 def page() -> str:
-    parts = [INTRODUCTION, "# Sections\n"]
+    parts = [INTRODUCTION, "## Sections\n"]
     shown: dict[type[BaseModel], str] = {}
     for path, model in sections(Config, ""):
         title = f"`{path}`" if path else "top level"
         if model in shown:
-            parts.append(f"## {title}\n\n{first_line(model)} The keys are those of {shown[model]}.\n")
+            parts.append(f"### {title}\n\n{first_line(model)} The keys are those of {shown[model]}.\n")
         else:
             shown[model] = title
             parts.append(table(title, model))
-    parts.append("# Options of the methods\n\nThe keys of `quant.special`; a pruner's, of `sparse.special`.\n")
+    parts.append("## Options of the methods\n\nThe keys of `quant.special`; a pruner's, of `sparse.special`.\n")
     for name, model in options_types().items():
-        parts.append(table(name, model) if model.model_fields else f"## {name}\n\n{name} has no options.\n")
+        parts.append(table(name, model) if model.model_fields else f"### {name}\n\n{name} has no options.\n")
     return "\n".join(parts)
 
 
@@ -79,7 +80,7 @@ def sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[Base
 
 
 def table(title: str, model: type[BaseModel]) -> str:
-    lines = [f"## {title}", "", first_line(model), "", "| key | values | default | meaning |", "|---|---|---|---|"]
+    lines = [f"### {title}", "", first_line(model), "", "| key | values | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         cells = (f"`{name}`", values(field), default(field), field.description or "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

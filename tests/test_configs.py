@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dry import small, write_bytes_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from dry import small
+from tiny import write_byte_model
 
 from llmc.algorithms import options_types
 from llmc.config import load_config
@@ -21,16 +21,7 @@ FILES = sorted(file for file in CONFIGS.rglob("*.yml") if "reproduce" not in fil
 def model(tmp_path_factory):
     """A Llama whose widths the groups of 64 and 128 divide, with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    config = LlamaConfig(
-        vocab_size=write_bytes_tokenizer(folder),
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_byte_model(folder)
     return folder
 
 

@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dry import write_bytes_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from llmc.eval.measure import Chunk
 from llmc.eval.perplexity import CrossEntropy
@@ -104,6 +110,20 @@ def write_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch
         for tensor in (*model.parameters(), *buffers):
             tensor.add_(torch.randn_like(tensor), alpha=0.15)
     model.to(dtype).save_pretrained(folder, max_shard_size="40KB")
+
+
+def write_byte_model(folder: Path, width: int = 256) -> None:
+    """A Llama of two blocks with a tokenizer of bytes; groups of 64 and 128 divide 256."""
+    config = LlamaConfig(
+        vocab_size=write_bytes_tokenizer(folder),
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def checkpoints(configs: Mapping[str, PreTrainedConfig], new_folder: Callable[[str], Path]) -> Callable[[str], Tiny]:
