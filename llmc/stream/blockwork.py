@@ -26,13 +26,7 @@ from ..algorithms import (
 )
 from ..models import Heads, Subset, fold_scale, fold_shift
 from ..models.experts import LinearExperts, working_on
-from ..quant import (
-    InputRange,
-    InputSquares,
-    KvRanges,
-    QWeight,
-    UnitRecord,
-)
+from ..quant import InputRange, InputSquares, KvRanges, QWeight, UnitRecord
 from .analysis import BlockAnalysis
 from .block_subsets import BlockSubsets, Findings
 from .clustered import ClusteredBlock
