@@ -401,9 +401,10 @@ def _split_evaluations(document: Document) -> None:
                 section = added[0] = {key: value for key, value in section.items() if key != "eval_token_consist"}
                 if wanted:
                     document.note((*origin, "eval_token_consist"), "read as one more evaluation, of type 'token_acc'")
-                    more = {**section, "type": "token_acc"}
-                    added += [more] if more not in (section, *result) else []
+                    added.append({**section, "type": "token_acc"})
         for entry in added:
+            if entry in result:
+                continue  # asked for in both ways
             document.moved["eval", len(result)] = origin
             result.append(entry)
     if "eval" in document.data:
