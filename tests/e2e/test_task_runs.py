@@ -132,6 +132,15 @@ def test_rounded_inputs_are_streamed_and_so_is_their_text(case, asking, prompts,
     assert [len(one.samples) for one in result.answers[2:]] == [3, 3]
 
 
+def test_a_scale_for_a_whole_input_is_that_of_one_request(case, asking):
+    """Beside others, and behind padding, a request would be rounded otherwise."""
+    quant = {**W8A8, "act": {**W8A8["act"], "bit": 4, "granularity": "per_tensor"}}
+    section = asking(tasks=["own_choices", "own_rolling"], eval_pos=["fake_quant"])
+    result = case(quant=quant, eval=[section | {"bs": 1}, section | {"bs": 5}], save={"save_vllm": False}).compress()
+    alone, together = ([one.value for one in result.answers[start : start + 3]] for start in (0, 3))
+    assert alone == together
+
+
 def test_text_for_a_task_is_written_by_the_whole_model(case, asking, own, source, tmp_path):
     with_end = shutil.copytree(source, tmp_path / "ends")
     tokenizer = AutoTokenizer.from_pretrained(with_end)
