@@ -145,7 +145,7 @@ _PARTS = {"weight": "weights", "act": "activations"}
 def _asked(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     quant = config.get("quant") or {}
     sides = [(_PARTS[key], quant[key]) for key in _PARTS if quant.get(key)]
-    return [(name, f"{side.get('bit')} bits, {side.get('granularity')}") for name, side in sides]
+    return [(name, f"{side.get('bit')} bits, {str(side.get('granularity')).replace('_', ' ')}") for name, side in sides]
 
 
 def compressed(run: Run, kind: str) -> Evaluation | None:
