@@ -13,6 +13,7 @@ from transformers import set_seed
 from .algorithms import Frame, Online, Recipe
 from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
+from .encoders import EncoderPlan, check_shown, plan_encoder, with_encoder
 from .errors import ConfigError, ExportError
 from .export import Exporter, Layer, Source, read_config
 from .models import (
@@ -67,6 +68,12 @@ class Prepared:
     warnings: list[str]
     estimate: Estimate
     frame: Frame | None
+    encoder: EncoderPlan | None
+
+    @property
+    def changes(self) -> bool:
+        """Whether another model comes out than goes in."""
+        return self.recipe.changes or self.encoder is not None
 
     @property
     def config(self) -> Config:
@@ -125,16 +132,20 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
     check_linears(skeleton.blocks, subsets)
     heads = adapter.heads(model_config.get_text_config())
-    recipe = make_recipe_of(config, stored, make_kv(config, heads))
+    encoder, ignored = plan_encoder(config, adapter, skeleton, entries, stored)
+    recipe = make_recipe_of(ignored, stored, make_kv(config, heads))
     _check_recipe(config, recipe, skeleton, subsets, compute)
     check_images(config, recipe, adapter)
     frame = _frame(recipe, adapter, skeleton, subsets)
     online = recipe.online(frame)
     check_layers(recipe, list(dict.fromkeys(online.cut(subset) for own in subsets for subset in own)))
-    layers = make_layers(skeleton, entries, heads, subsets, recipe, online) + outside_layers(skeleton, entries)
+    layers = make_layers(skeleton, entries, heads, subsets, recipe, online)
+    layers += outside_layers(skeleton, entries, encoder.layers if encoder else ())
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute, layout_of(model_config.model_type))
     warnings += check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
+    if encoder is not None:
+        _check_groups(encoder.recipe, exporters)
     warnings += image_warnings(config, recipe)
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
@@ -142,7 +153,8 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     evaluations: list[Evaluation] = []
     if with_texts:
         tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-        calib = calibration(config, folder, tokenizer, skeleton) if recipe.needs_data else []
+        wanted = recipe.needs_data or (encoder is not None and encoder.sees_images(config))
+        calib = calibration(config, folder, tokenizer, skeleton) if wanted else []
         evaluations = evaluations_of(config, tokenizer)
         check_tokens(folder, _vocabulary(skeleton), calib, evaluations)
     estimate = make_estimate(
@@ -157,6 +169,9 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         changed_at_load=bool(recipe.at_load),
         surveyed=recipe.drop_blocks > 0,
     )
+    if encoder is not None:
+        check_shown(encoder, calib, with_texts=with_texts)
+        estimate = with_encoder(estimate, encoder, calib, checkpoint, on_device=device.type == "cuda")
     return Prepared(
         loaded,
         folder,
@@ -175,6 +190,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
         warnings,
         estimate,
         frame,
+        encoder,
     )
 
 

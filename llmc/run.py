@@ -14,25 +14,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from . import __version__
 from .algorithms import options_types
 from .config import LoadedConfig, load_config
+from .encoding import compress_encoder
 from .errors import RunError
 from .eval.perplexity import Perplexity, mean_losses, perplexity
 from .export import Exporter, Layer, Source, check_shard, read_config, with_own_head, without_quantization
 from .export.dense import FakeQuant, Transformed
 from .models import BlockSelection
-from .plan import bits_per_weight, free_disk, original_bytes
+from .plan import bits_per_weight, forward_of, free_disk, original_bytes
 from .prepare import Prepared, positions_of, prepare, state_of
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics
 from .stream.activations import ActivationStore
 from .stream.batch import Batch
 from .stream.engine import Engine
+from .stream.front import CompressedFront
 from .stream.headers import headers_digest
 from .stream.journal import Journal
 from .stream.memory import give_back_memory, share_heap
@@ -105,7 +106,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
     save_path = prepared.config.save.save_path
     with ExitStack() as stack:
         # Without a folder to resume from, a run's state is worth nothing after it.
-        kept = save_path is not None and prepared.recipe.changes
+        kept = save_path is not None and prepared.changes
         root = (
             Path(save_path).expanduser()
             if kept and save_path
@@ -124,9 +125,12 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         stack.callback(source.close)
         surveyed = survey(prepared, source, workspace, journal, listener)
         selection = surveyed.selection
+        encoded = compress_encoder(prepared, workspace, listener)
         sinks, transformed = _sinks(prepared, workspace, selection, keep_records=kept)
         store = ActivationStore(workspace.state, host_memory(prepared))
-        outcome = _engine(prepared, source, sinks, transformed, store, journal, listener, selection.dropped).run()
+        outcome = _engine(
+            prepared, source, sinks, transformed, store, journal, listener, selection.dropped, encoded.front
+        ).run()
         layers = kept_layers(prepared.layers, selection)
         perplexities = _perplexities(prepared, "ppl", outcome.losses)
         perplexities += _perplexities(prepared, "decode_ppl", outcome.decoded)
@@ -134,8 +138,8 @@ def run(prepared: Prepared, listener: Listener) -> Result:
         outputs = _finish_outputs(prepared, workspace, written, journal, layers, selection)
         measured = Measured(
             seconds=time.perf_counter() - started,
-            by_kind=surveyed.seconds | outcome.seconds,
-            bytes_read=outcome.bytes_read,
+            by_kind=surveyed.seconds | encoded.seconds | outcome.seconds,
+            bytes_read=outcome.bytes_read + encoded.bytes_read,
             peak_host=peak_host_memory(),
             peak_device=torch.cuda.max_memory_allocated(prepared.device) if prepared.device.type == "cuda" else 0,
         )
@@ -159,6 +163,7 @@ def run(prepared: Prepared, listener: Listener) -> Result:
             kv_scheme=_kv_scheme(prepared),
             bits=bits_per_weight(layers),
             influence=surveyed.to_dict(),
+            encoder=encoded.to_dict(),
             perplexities=perplexities,
             outputs=outputs,
             rows=journal.rows,
@@ -233,6 +238,7 @@ def _engine(
     journal: Journal,
     listener: Listener,
     dropped: frozenset[int],
+    front: CompressedFront,
 ) -> Engine:
     return Engine(
         skeleton=prepared.skeleton,
@@ -248,10 +254,14 @@ def _engine(
         store=store,
         journal=journal,
         device=prepared.device,
-        options=EngineOptions(forward=_forward(prepared), checkpoint_every=prepared.config.base.checkpoint_every),
+        options=EngineOptions(
+            forward=forward_of(prepared.config.base.forward, prepared.estimate.held, prepared.device),
+            checkpoint_every=prepared.config.base.checkpoint_every,
+        ),
         listener=listener,
         frame=prepared.frame,
         dropped=dropped,
+        front=front,
     )
 
 
@@ -274,18 +284,6 @@ def _mixed(prepared: Prepared) -> list[dict[str, Any]]:
     for name, scheme in mixed_schemes(prepared.recipe, prepared.layers).items():
         by_scheme.setdefault(scheme, []).append(name)
     return [{**scheme.to_dict(), "layers": names} for scheme, names in by_scheme.items()]
-
-
-def _forward(prepared: Prepared) -> Any:
-    """Hold all batches inside a block if what they hold fits into half of the free memory."""
-    asked = prepared.config.base.forward
-    if asked != "auto":
-        return asked
-    if prepared.device.type == "cuda":
-        free = torch.cuda.mem_get_info(prepared.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return "staged" if prepared.estimate.held <= free // 2 else "replay"
 
 
 def _perplexities(prepared: Prepared, kind: str, losses: Mapping[str, list[Tensor]]) -> list[Perplexity]:

@@ -10,7 +10,7 @@ from ..eval.perplexity import Perplexity
 from .experts import BlockExperts
 
 SCHEMA = 1
-_BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
+BLOCK_KEYS = ("unit", "seconds", "error", "layers", "scales", "inputs", "cache_ranges", "tuning")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def make_metrics(
     kv_scheme: Mapping[str, Any] | None,
     bits: float | None,
     influence: Mapping[str, Any] | None,
+    encoder: Mapping[str, Any] | None,
     perplexities: Sequence[Perplexity],
     outputs: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
@@ -59,6 +60,7 @@ def make_metrics(
     ``experts`` says of each block of a mixture how many calibration tokens its experts were shown, and which saw too
     few and were solved with those of all; in ``layers`` stand every expert's ``tokens``, and in ``wanted`` how many it
     should have had where it had fewer.
+    ``encoder`` says the same of the blocks of an image encoder, their ``error`` on the calibration images.
     ``tuning`` is the loss at the start and at the end of a block that was learned, and the epoch that was kept."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
     experts = [found for row in blocks if (found := BlockExperts.of(row)) is not None]
@@ -89,7 +91,8 @@ def make_metrics(
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
         "experts": [one.to_dict() for one in experts],
-        "blocks": [{key: row[key] for key in _BLOCK_KEYS} for row in blocks],
+        "blocks": [{key: row[key] for key in BLOCK_KEYS} for row in blocks],
+        "encoder": None if encoder is None else dict(encoder),
         "config": dict(config),
     }
 

@@ -25,6 +25,7 @@ from .calls import token_losses
 from .clustered import ClusteredBlock
 from .edges import Edges
 from .entrance import Entrance
+from .front import CompressedFront
 from .journal import Journal
 from .memory import give_back_memory, short_collections
 from .options import Batches, EngineOptions, Listener, Outcome
@@ -58,6 +59,9 @@ class Engine:
         listener: hears of progress.
         frame: what transforms may know of the model that need no data; None: there is none of them.
         dropped: blocks that only the evaluation of the original passes.
+        front: what an earlier pass has compressed of what stands in front of the blocks; None: nothing.
+        entrance: runs what stands in front of the blocks; None: the usual.
+        blocks_only: write and evaluate nothing but blocks: what is around them belongs to another pass.
     """
 
     def __init__(
@@ -80,6 +84,9 @@ class Engine:
         frame: Frame | None = None,
         decoding: Batches = _NONE,
         dropped: frozenset[int] = frozenset(),
+        front: CompressedFront | None = None,
+        entrance: Entrance | None = None,
+        blocks_only: bool = False,
     ) -> None:
         if journal.rows and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
@@ -92,7 +99,8 @@ class Engine:
         self._store, self._journal, self._device = store, journal, device
         self._options, self._listener = options, listener
         self._count, self._dropped = len(skeleton.blocks), dropped
-        self._entrance = Entrance(skeleton, store, device)
+        self._entrance = entrance or Entrance(skeleton, store, device)
+        self._front, self._blocks_only = front or CompressedFront(skeleton), blocks_only
         self._spent: dict[str, float] = {}
         self._online = recipe.online(frame)
         self._subsets = [tuple(map(self._online.cut, own)) for own in subsets]
@@ -121,7 +129,8 @@ class Engine:
             if self._passed(index):
                 self._block(index)
         outcome = Outcome(bytes_read=0)
-        self._head(embedding, outcome)
+        if not self._blocks_only:
+            self._head(embedding, outcome)
         outcome.bytes_read = self._source.bytes_read
         outcome.seconds = self._spent
         return outcome
@@ -133,14 +142,15 @@ class Engine:
         self._listener.phase("embedding")
         raw = self._source.take(EMBED)
         changed = self._edges.embedding(raw)
-        self._write_through(EMBED, changed)
+        self._write_through(EMBED, self._front.record(changed))
         wanted, resumed = self._wanted_streams(), self._journal.last("activations") is not None
         for weights, names in self._edges.by_state(raw, changed, wanted):
             self._skeleton.load(weights)
-            for name in names:
-                self._entrance.fill(name, wanted[name], keep=not resumed)
+            for own, apart in self._front.by_encoder(names, weights):
+                for name in own:
+                    self._entrance.fill(name, wanted[name], keep=not resumed, apart=apart)
         self._skeleton.release_unit(EMBED)
-        kept = self._skeleton.tied_head and (self._edges.change or self._measured)
+        kept = self._skeleton.tied_head and (self._edges.change or self._measured) and not self._blocks_only
         give_back_memory()
         return raw if kept else {}
 
@@ -333,7 +343,7 @@ class Engine:
         self._listener.phase("head")
         raw = self._source.take(HEAD)
         changed = self._edges.head(raw, embedding)
-        self._write_through(HEAD, changed)
+        self._write_through(HEAD, UnitRecord(plain=changed))
         if not self._measured:
             return
         losses = {"eval": outcome.losses, "decode": outcome.decoded}
@@ -356,12 +366,12 @@ class Engine:
             for index, batch in enumerate(self._batches[kind].batches)
         ]
 
-    def _write_through(self, unit: str, raw: dict[str, Tensor]) -> None:
+    def _write_through(self, unit: str, done: UnitRecord) -> None:
         """Embedding and head go to every output alike."""
-        if self._journal.unit(unit) is not None:
+        if self._journal.unit(unit) is not None or self._blocks_only:
             return
         sinks = [*self._sinks, *([self._transformed] if self._transformed is not None else [])]
-        outputs = {sink.format.name: self._write(sink, unit, UnitRecord(plain=raw)) for sink in sinks}
+        outputs = {sink.format.name: self._write(sink, unit, done) for sink in sinks}
         self._journal.append({"kind": "unit", "unit": unit, "outputs": outputs})
 
     # --- small things ------------------------------------------------------------------------------------------------
