@@ -52,7 +52,8 @@ class EncoderPlan:
     def patches(self, calib: Sequence[Batch]) -> int:
         """At most so many vectors are between two blocks, of all samples together."""
         vision: Any = self.lists[0].model.config.vision_config
-        size: int = vision.patch_size if isinstance(vision.patch_size, int) else max(vision.patch_size)
+        declared = vision.patch_size
+        size = int(declared if isinstance(declared, int) else max(declared))
         pixels: int = sum(batch.further["pixel_values"].numel() for batch in self.images(calib))
         return math.ceil(pixels / (3 * size * size))
 
@@ -60,7 +61,8 @@ class EncoderPlan:
         """Bytes that all samples hold inside a block while they wait for one another."""
         width = self.encoder.heads.query * self.encoder.heads.dim
         widest = max(layer.columns for layer in self.layers)
-        return self.patches(calib) * (3 * width + widest) * self.lists[0].model.dtype.itemsize
+        size: int = self.lists[0].model.dtype.itemsize
+        return self.patches(calib) * (3 * width + widest) * size
 
 
 def plan_encoder(
