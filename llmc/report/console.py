@@ -161,6 +161,10 @@ class Console:
             facts["bits per key and value"] = f"{metrics['kv_scheme']['bits_per_element']:.2f} in the KV cache"
         if metrics["bits_per_weight"] is not None:
             facts["bits per weight"] = f"{metrics['bits_per_weight']:.2f} in the quantized layers"
+        if metrics["encoder"] is not None:
+            last = metrics["encoder"]["blocks"][-1]["error"]
+            told = "" if last is None else f", relative error {last:.2e} behind the last"
+            facts["image encoder"] = f"{len(metrics['encoder']['blocks'])} blocks compressed{told}"
         if (surveyed := metrics["blocks_dropped"]) is not None:
             dropped = [f"{index} ({surveyed['influence'][index]:.3f})" for index in surveyed["dropped"]]
             kept = metrics["model"]["blocks"] - len(dropped)

@@ -81,10 +81,12 @@ def test_replaying_the_encoders_blocks_equals_the_whole_encoder_bit_for_bit(tiny
     assert len(expected[0][1]) == sum(len(blocks) for blocks, _ in finished)
 
 
-def test_the_whole_encoder_still_runs_behind_a_recording(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["llava", "internvl", "mllama"])
+def test_the_whole_encoder_still_runs_behind_a_recording(vision, tmp_path, name):
     """Transformers hooks an encoder's blocks when it's first asked for hidden states: a stand-in that is there at that
     moment must not take the hooks with it."""
-    sample, skeleton = image_sample(tiny.name), tiny.skeleton()
+    tiny = vision(name)
+    sample, skeleton = image_sample(name), tiny.skeleton()
     batches = [sample.batch]
     source = tiny.source(skeleton)
     skeleton.load(source.take(EMBED))
