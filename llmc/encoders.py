@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from .algorithms import Recipe
 from .architecture import check_linears
 from .config import Config
@@ -41,10 +43,6 @@ class EncoderPlan:
     recipe: Recipe
     layers: list[Layer]
 
-    def sees_images(self, config: Config) -> bool:
-        """Whether there are images to calibrate with, or to measure errors on."""
-        return config.calib is not None and config.calib.name == IMAGE_TEXT
-
     def images(self, calib: Sequence[Batch]) -> list[Batch]:
         """The samples that reach the encoder."""
         return [batch for batch in calib if batch.has_images]
@@ -66,7 +64,7 @@ class EncoderPlan:
 
 
 def plan_encoder(
-    config: Config, adapter: ModelAdapter, skeleton: Skeleton, entries: Mapping[str, Entry], stored: Any
+    config: Config, adapter: ModelAdapter, skeleton: Skeleton, entries: Mapping[str, Entry], stored: torch.dtype
 ) -> tuple[EncoderPlan | None, Config]:
     """What ``quant.vision`` asks for, and the configuration of the language blocks.
 
@@ -119,6 +117,12 @@ def _about_vision() -> Iterator[None]:
     except ConfigError as error:
         message, remedy = (text.replace("quant.", "quant.vision.") for text in (error.message, error.remedy))
         raise ConfigError(message, remedy) from error
+
+
+def wants_images(plan: EncoderPlan | None, config: Config) -> bool:
+    """Whether there is an encoder to calibrate with images, or, where the method needs none, to measure errors on
+    them."""
+    return plan is not None and config.calib is not None and config.calib.name == IMAGE_TEXT
 
 
 def check_shown(plan: EncoderPlan, calib: Sequence[Batch], *, with_texts: bool) -> None:

@@ -13,7 +13,7 @@ from transformers import set_seed
 from .algorithms import Frame, Online, Recipe
 from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
-from .encoders import EncoderPlan, check_shown, plan_encoder, with_encoder
+from .encoders import EncoderPlan, check_shown, plan_encoder, wants_images, with_encoder
 from .errors import ConfigError, ExportError
 from .export import Exporter, Layer, Source, read_config
 from .models import (
@@ -132,8 +132,8 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
     check_linears(skeleton.blocks, subsets)
     heads = adapter.heads(model_config.get_text_config())
-    encoder, ignored = plan_encoder(config, adapter, skeleton, entries, stored)
-    recipe = make_recipe_of(ignored, stored, make_kv(config, heads))
+    encoder, language = plan_encoder(config, adapter, skeleton, entries, stored)
+    recipe = make_recipe_of(language, stored, make_kv(config, heads))
     _check_recipe(config, recipe, skeleton, subsets, compute)
     check_images(config, recipe, adapter)
     frame = _frame(recipe, adapter, skeleton, subsets)
@@ -153,7 +153,7 @@ def prepare(loaded: LoadedConfig, *, with_texts: bool = True) -> Prepared:
     evaluations: list[Evaluation] = []
     if with_texts:
         tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-        wanted = recipe.needs_data or (encoder is not None and encoder.sees_images(config))
+        wanted = recipe.needs_data or wants_images(encoder, config)
         calib = calibration(config, folder, tokenizer, skeleton) if wanted else []
         evaluations = evaluations_of(config, tokenizer)
         check_tokens(folder, _vocabulary(skeleton), calib, evaluations)

@@ -70,7 +70,7 @@ class ProgressListener:
     def started(self, blocks: int, done: int) -> None:
         """The pass begins."""
         self._blocks = blocks
-        self._bar.update(self._task, total=blocks)
+        self._bar.update(self._task, total=blocks, completed=done)
         if done:
             self._rich.print(f"resuming: {done} of {blocks} blocks were written before")
 

@@ -107,14 +107,15 @@ class CompressedFront:
 
     def record(self, plain: dict[str, Tensor]) -> UnitRecord:
         """The unit as it's to be stored, given all its tensors before that."""
-        quantized: dict[str, QWeight] = {}
+        kept, quantized = dict(plain), dict[str, QWeight]()
         for blocks in self._lists:
             for index in range(blocks.count):
                 found = blocks.record(index)
-                own = set(blocks.encoder.units[block_unit(index)])
-                plain = {name: tensor for name, tensor in plain.items() if name not in own} | found.plain
+                for name in blocks.encoder.units[block_unit(index)]:
+                    del kept[name]
+                kept |= found.plain
                 quantized |= found.quantized
-        return UnitRecord(plain=plain, quantized=quantized)
+        return UnitRecord(plain=kept, quantized=quantized)
 
     def by_encoder(self, streams: Iterable[str], weights: Mapping[str, Tensor]) -> Iterator[tuple[list[str], bool]]:
         """Streams by the encoder that makes their image features: first those of the original's, then, with it in the

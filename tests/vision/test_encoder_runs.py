@@ -141,15 +141,15 @@ def errors_of(original: nn.Module, compressed: nn.Module, name: str) -> list[flo
     return [change[path] / size[path] for path in change]
 
 
-@pytest.mark.parametrize("name", ["llava", "mllama"])
-def test_one_run_writes_what_two_write_one_after_the_other(source, text, tmp_path, shown, name):
+@pytest.mark.parametrize(("name", "language"), [("llava", ["Quarot", "GPTQ"]), ("mllama", "GPTQ")])
+def test_one_run_writes_what_two_write_one_after_the_other(source, text, tmp_path, shown, name, language):
     """First the encoder, then the language blocks of the model that came out."""
     shown(name)
     vision = {"method": "GPTQ", "weight": W4}
     once, first, then = (tmp_path / part for part in ("once", "first", "then"))
-    llmc.compress(both(source(name), text, once, vision, "GPTQ"))
+    llmc.compress(both(source(name), text, once, vision, language))
     llmc.compress(both(source(name), text, first, vision))
-    content = both(first / FAKE, text, then, vision, "GPTQ")
+    content = both(first / FAKE, text, then, vision, language)
     content["quant"] = content["quant"]["language"]
     llmc.compress(content)
     left, right = tensors(once / FAKE), tensors(then / FAKE)
