@@ -146,8 +146,8 @@ def with_encoder(
     skeleton = plan.lists[0]
     width = plan.encoder.heads.query * plan.encoder.heads.dim
     streams = _STREAMS * plan.patches(calib) * width * skeleton.model.dtype.itemsize
-    names = {name for one in plan.lists for unit in one.units.values() for name in unit}
-    read = sum(entry.nbytes for entry in checkpoint.sources(sorted(names)))
+    names = ([name for unit in one.units.values() for name in unit] for one in plan.lists)
+    read = sum(entry.nbytes for own in names for entry in checkpoint.sources(own))
     blocks = {name for one in plan.lists for unit, own in one.units.items() if unit != EMBED for name in own}
     kept = sum(checkpoint.entries[name].nbytes for name in blocks)
     larger = max(0, streams - estimate.streams)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from llmc.cli import main
 from llmc.config import load_config
 from llmc.errors import ConfigError, DataError
 from llmc.models import find_adapter
+from llmc.plan import bits_per_weight
 from llmc.prepare import prepare
+from llmc.stream.batch import Batch
 from llmc.stream.entrance import Entrance
 from llmc.stream.journal import Journal
 
@@ -61,14 +64,18 @@ def shown(monkeypatch):
 
 @pytest.fixture
 def entered(monkeypatch):
-    """What the first language block of each stream was given, by the stream's name."""
+    """What the first language block of each stream was given, by the stream's name; and what the second one gets of the
+    images besides the hidden state, by the stream's name and `` features``."""
     found: dict[str, list[Tensor]] = {}
     fill = Entrance.fill
 
-    def remember(self: Entrance, name: str, *args: Any, **kwargs: Any) -> None:
-        fill(self, name, *args, **kwargs)
+    def remember(self: Entrance, name: str, batches: list[Batch], **kwargs: Any) -> None:
+        fill(self, name, batches, **kwargs)
         if not self._skeleton.is_encoder:
             found[name] = [batch.clone() for batch in self._store.streams[name].tensors().values()]
+            calls = [self._calls[self._key(name, batch)][1] for batch in batches]
+            besides = [call.kwargs.get("cross_attention_states", call.added) for call in calls]
+            found[f"{name} features"] = [tensor for tensor in besides if tensor is not None]
 
     monkeypatch.setattr(Entrance, "fill", remember)
     return found
@@ -81,6 +88,27 @@ def first_inputs(model: nn.Module, name: str) -> list[Tensor]:
     for batch in mixed_samples(name):
         model(**batch.to(CPU, torch.float32), use_cache=False)
     hook.remove()
+    return found
+
+
+def second_features(model: nn.Module, name: str) -> list[Tensor]:
+    """What cross-attention of the second block reads, or what is added in front of it."""
+    blocks = model.get_submodule(find_adapter("auto", name).blocks)
+    found: list[Tensor] = []
+    behind: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] - behind[-1] if name == "qwen3_vl" else kwargs["cross_attention_states"])
+
+    hooks = [
+        blocks[0].register_forward_hook(lambda _, __, out: behind.append(out)),
+        blocks[1].register_forward_pre_hook(see, with_kwargs=True),
+    ]
+    for batch in mixed_samples(name):
+        if batch.has_images:
+            model(**batch.to(CPU, torch.float32), use_cache=False)
+    for hook in hooks:
+        hook.remove()
     return found
 
 
@@ -109,7 +137,12 @@ def test_the_written_encoder_is_the_one_that_the_language_blocks_were_calibrated
     fake, original = reload(tmp_path / FAKE), reload(source(name))
     assert equal(entered["calib.compressed"], first_inputs(fake, name))
     assert equal(entered["calib.original"], first_inputs(original, name))
-    if name != "mllama":  # whose features are read by cross-attention
+    if name in ("mllama", "qwen3_vl"):
+        for stream, model in (("calib.compressed", fake), ("calib.original", original)):
+            pairs = list(zip(entered[f"{stream} features"], second_features(model, name), strict=True))
+            assert len(pairs) == 2 and all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+        assert not torch.allclose(*(entered[f"calib.{kind} features"][0] for kind in ("compressed", "original")))
+    if name != "mllama":  # whose features are read by cross-attention alone
         assert not equal(entered["calib.compressed"], entered["calib.original"])
     packed = reload(tmp_path / VLLM, quantization_config=CompressedTensorsConfig(dequantize=True))
     sample = image_sample(name).inputs
@@ -299,19 +332,22 @@ def test_the_files_for_encoders_plan_one(source, text, shown):
 
 def test_bits_per_weight_count_the_encoder(source, text, shown):
     shown("llava")
-    metrics = llmc.compress(both(source("llava"), text, None, {"weight": W4})).metrics
+    prepared = prepare(load_config(both(source("llava"), text, None, {"weight": W4}), (), options_types()))
     rows, weights = 4 * (4 * 32 + 48 + 32), 4 * (4 * 32 * 32 + 2 * 32 * 48)
-    assert metrics["bits_per_weight"] == pytest.approx((4 * weights + 16 * rows) / weights)
-    assert len(metrics["encoder"]["blocks"]) == 4
+    assert bits_per_weight(prepared.layers) == pytest.approx((4 * weights + 16 * rows) / weights)
 
 
 def test_a_run_with_an_encoder_is_exported_again(source, text, tmp_path, shown):
     shown("qwen2_5_vl")
-    vision = {"method": "GPTQ", "weight": W4}
-    llmc.compress(both(source("qwen2_5_vl"), text, tmp_path / "both", vision))
-    llmc.compress(both(source("qwen2_5_vl"), text, tmp_path / "one", vision, save={"save_fake": False}))
-    assert main(["export", "--from", str(tmp_path / "one"), "--to", "fake"]) == 0
-    assert digests(tmp_path / "one") == digests(tmp_path / "both") != {}
+    run, again = tmp_path / "run", tmp_path / "again"
+    llmc.compress(both(source("qwen2_5_vl"), text, run, {"method": "GPTQ", "weight": W4}))
+    shutil.copytree(run, again)
+    shutil.rmtree(again / FAKE)
+    metrics = json.loads((again / "metrics.json").read_text())
+    del metrics["outputs"]["save_fake"]
+    (again / "metrics.json").write_text(json.dumps(metrics))
+    assert main(["export", "--from", str(again), "--to", "fake"]) == 0
+    assert digests(run) == digests(again) != {}
 
 
 def test_an_export_of_products_alone_has_no_codes_to_go_on_with(source, text, tmp_path, shown, capsys):
@@ -397,13 +433,19 @@ def test_a_section_for_each_part_reads_the_same_however_it_is_written():
     assert off.config.quant is not None and off.config.quant.vision is None
 
 
-def test_the_pass_over_the_encoder_reads_it_once_more(source, text, shown, vision):
-    shown("llava")
-    read = llmc.compress(both(source("llava"), text, None, {"weight": W4})).metrics["bytes_read"]
-    tiny = vision("llava")
+def test_each_pass_reads_what_it_needs_once_as_the_plan_says(source, text, shown, vision):
+    """Two lists of blocks: two passes over what is in front of them, and the one over the language model."""
+    shown("mllama")
+    loaded = load_config(both(source("mllama"), text, None, {"weight": W4}), (), options_types())
+    prepared = prepare(loaded)
+    tiny = vision("mllama")
     skeleton, entries = tiny.skeleton(), tiny.entries
-    front = sum(entries[name].nbytes for name in skeleton.units["embed"])
-    assert read == sum(entry.nbytes for entry in entries.values()) + front
+    blocks = [name for name in skeleton.units["embed"] if "transformer.layers." in name]
+    front = [name for name in skeleton.units["embed"] if name not in blocks]
+    expected = sum(entry.nbytes for entry in entries.values()) + sum(entries[name].nbytes for name in blocks)
+    expected += 2 * sum(entries[name].nbytes for name in front)
+    assert prepared.estimate.read == expected
+    assert llmc.compress(loaded).metrics["bytes_read"] == expected
 
 
 def test_nothing_is_shown_of_an_encoder_that_stays(source, text):
