@@ -153,12 +153,14 @@ class _Finished:
         return sink_of(self.folder, exporter, self.selection)
 
     def has_codes(self) -> bool:
-        """Whether the source's first block gives back the codes of all quantized Linears."""
+        """Whether the source's first block and what is in front of it give back the codes of all quantized Linears."""
         unit = block_unit(self.selection.kept[0])
-        if not self.source.shard(unit).is_file():
+        if not all(self.source.shard(one).is_file() for one in (EMBED, unit)):
             return False
-        quantized = self.source.read(unit).quantized
-        return all(layer.name in quantized for layer, _ in self._block(unit) if layer.spec is not None)
+        front = [layer for layer in self.prepared.layers if layer.outside]
+        own = {EMBED: front, unit: [layer for layer, _ in self._block(unit)]}
+        wanted = {one: [layer.name for layer in layers if layer.spec is not None] for one, layers in own.items()}
+        return all(not names or self.source.read(one).quantized.keys() >= set(names) for one, names in wanted.items())
 
     def record(self, unit: str) -> UnitRecord:
         """A unit as the run had it, with the ranges that it calibrated.

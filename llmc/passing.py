@@ -8,6 +8,7 @@ from .prepare import Prepared
 from .stream.activations import ActivationStore
 from .stream.analysis import AnalysisPlan
 from .stream.engine import Engine
+from .stream.front import CompressedFront
 from .stream.journal import Journal
 from .stream.options import Batches, EngineOptions, Listener
 from .stream.sink import Sink
@@ -31,6 +32,7 @@ def make_engine(
     evaluation: Batches = NOTHING,
     decoding: Batches = NOTHING,
     analysis: AnalysisPlan | None = None,
+    front: CompressedFront | None = None,
 ) -> Engine:
     """An engine over a model's blocks; see ``Engine`` for what its arguments are."""
     return Engine(
@@ -52,4 +54,5 @@ def make_engine(
         frame=prepared.frame,
         dropped=dropped,
         analysis=analysis,
+        front=front,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import psutil
 import torch
 from torch import nn
 
@@ -96,18 +98,21 @@ def make_layers(
     return layers
 
 
-def outside_layers(skeleton: Skeleton, entries: Mapping[str, Entry]) -> list[Layer]:
-    """Every Linear of a model with an encoder that is in none of its language blocks: they stay as they are, and a
-    format must say so. Of a model without one there is none to speak of but the head, which no format quantizes."""
+def outside_layers(skeleton: Skeleton, entries: Mapping[str, Entry], encoder: Sequence[Layer] = ()) -> list[Layer]:
+    """Every Linear of a model with an encoder that is in none of its language blocks: but for those of the encoder's
+    blocks, where these are compressed, they stay as they are, and a format must say so. Of a model without an encoder
+    there is none to speak of but the head, which no format quantizes."""
     if skeleton.images is None:
         return []
+    compressed = {layer.name: replace(layer, outside=True) for layer in encoder}
     stored = {parameter: name for name, parameter in skeleton.parameter_of.items()}
     layers = []
     for module, linear in skeleton.model.named_modules():
         tensor = stored.get(f"{module}.weight")
         if isinstance(linear, nn.Linear) and tensor is not None and not module.startswith(f"{skeleton.path}."):
             name, (rows, columns) = tensor.removesuffix(".weight"), entries[tensor].shape
-            layers.append(Layer(name, rows, columns, None, (name,), module=module, outside=True))
+            kept = Layer(name, rows, columns, None, (name,), module=module, outside=True)
+            layers.append(compressed.get(name, kept))
     return layers
 
 
@@ -256,6 +261,17 @@ def stored_dtype(entries: Mapping[str, Entry], layers: list[Layer]) -> torch.dty
 def original_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of all tensors of the checkpoint, as they are stored."""
     return sum(entry.nbytes for entry in checkpoint.stored.values())
+
+
+def forward_of(
+    asked: Literal["auto", "staged", "replay"], held: int, device: torch.device
+) -> Literal["staged", "replay"]:
+    """``base.forward``; ``auto`` holds all batches inside a block if the bytes that they hold fit into half of the free
+    memory."""
+    if asked != "auto":
+        return asked
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return "staged" if held <= free // 2 else "replay"
 
 
 def free_disk(path: Path) -> int:

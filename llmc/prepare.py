@@ -14,6 +14,7 @@ from .algorithms import Frame, Online, Recipe
 from .analyzing import Sample, analysis_sample, check_surfaces
 from .architecture import adapter_of, check_linears
 from .config import Config, LoadedConfig
+from .encoders import EncoderPlan, check_shown, plan_encoder, wants_images, with_encoder
 from .errors import ConfigError, ExportError
 from .export import Exporter, Layer, Source, read_config
 from .jobs import Jobs, prepare_jobs
@@ -70,7 +71,13 @@ class Prepared:
     estimate: Estimate
     frame: Frame | None
     sample: Sample
+    encoder: EncoderPlan | None
     jobs: Jobs = field(default_factory=Jobs)
+
+    @property
+    def changes(self) -> bool:
+        """Whether another model comes out than goes in."""
+        return self.recipe.changes or self.encoder is not None
 
     @property
     def config(self) -> Config:
@@ -132,16 +139,20 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
     subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
     check_linears(skeleton.blocks, subsets)
     heads = adapter.heads(model_config.get_text_config())
-    recipe = make_recipe_of(config, stored, make_kv(config, heads))
+    encoder, language = plan_encoder(config, adapter, skeleton, entries, stored)
+    recipe = make_recipe_of(language, stored, make_kv(config, heads))
     _check_recipe(config, recipe, skeleton, subsets, compute)
     check_images(config, recipe, adapter)
     frame = _frame(recipe, adapter, skeleton, subsets)
     online = recipe.online(frame)
     check_layers(recipe, list(dict.fromkeys(online.cut(subset) for own in subsets for subset in own)))
-    layers = make_layers(skeleton, entries, heads, subsets, recipe, online) + outside_layers(skeleton, entries)
+    layers = make_layers(skeleton, entries, heads, subsets, recipe, online)
+    layers += outside_layers(skeleton, entries, encoder.layers if encoder else ())
     stored = stored_dtype(entries, layers)
     exporters = make_exporters(config, recipe, layers, stored, compute, layout_of(model_config.model_type))
     warnings += check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
+    if encoder is not None:
+        _check_groups(encoder.recipe, exporters)
     warnings += image_warnings(config, recipe)
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
@@ -149,7 +160,7 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
     evaluations: list[Evaluation] = []
     if texts:
         tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-        if "calib" in texts and recipe.needs_data:
+        if "calib" in texts and (recipe.needs_data or wants_images(encoder, config)):
             calib = calibration(config, folder, tokenizer, skeleton)
         if "eval" in texts:
             evaluations = evaluations_of(config, tokenizer)
@@ -167,6 +178,9 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
         changed_at_load=bool(recipe.at_load),
         surveyed=recipe.drop_blocks > 0,
     )
+    if encoder is not None:
+        check_shown(encoder, calib, with_texts="calib" in texts)
+        estimate = with_encoder(estimate, encoder, calib, checkpoint, on_device=device.type == "cuda")
     prepared = Prepared(
         loaded,
         folder,
@@ -186,6 +200,7 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
         estimate,
         frame,
         sample,
+        encoder,
     )
     if "eval" not in texts:
         return prepared

@@ -13,14 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 from . import __version__
 from .algorithms import options_types
 from .analyzing import analysis_plan, finish_analysis
 from .budgeting import Spending, ready
 from .config import LoadedConfig, load_config
+from .encoding import compress_encoder
 from .errors import LlmcError, RunError
 from .eval.measure import Evaluated
 from .eval.perplexity import Perplexity
@@ -29,7 +27,7 @@ from .export.dense import FakeQuant, Transformed
 from .measuring import Measuring
 from .models import BlockSelection
 from .passing import make_engine
-from .plan import bits_per_weight, free_disk, original_bytes
+from .plan import bits_per_weight, forward_of, free_disk, original_bytes
 from .prepare import Prepared
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics, with_evaluations
@@ -109,7 +107,7 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
     save_path = prepared.config.save.save_path
     with ExitStack() as stack:
         # Without a folder to resume from, a run's state is worth nothing after it.
-        kept = save_path is not None and prepared.recipe.changes
+        kept = save_path is not None and prepared.changes
         root = (
             Path(save_path).expanduser()
             if kept and save_path
@@ -133,6 +131,7 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
         chosen_in = {} if spending is None else {"sensitivity": time.perf_counter() - begun}
         surveyed = survey(prepared, source, workspace, journal, listener)
         selection = surveyed.selection
+        encoded = compress_encoder(prepared, workspace, listener)
         measuring = Measuring(prepared.evaluations, prepared.recipe.kv)
         sinks, transformed = _sinks(prepared, workspace, selection, measuring, keep_records=kept)
         store = ActivationStore(workspace.state, host_memory(prepared))
@@ -141,7 +140,10 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
             source,
             store,
             journal,
-            EngineOptions(forward=_forward(prepared), checkpoint_every=prepared.config.base.checkpoint_every),
+            EngineOptions(
+                forward=forward_of(prepared.config.base.forward, prepared.estimate.held, prepared.device),
+                checkpoint_every=prepared.config.base.checkpoint_every,
+            ),
             listener,
             sinks=sinks,
             transformed=transformed,
@@ -150,6 +152,7 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
             evaluation=measuring.prefilled,
             decoding=measuring.decoded,
             analysis=analysis_plan(prepared, selection, workspace.state if kept else None),
+            front=encoded.front,
         ).run()
         layers = kept_layers(prepared.layers, selection)
         evaluations = measuring.results()
@@ -157,8 +160,8 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
         outputs = _finish_outputs(prepared, workspace, written, journal, layers, selection)
         measured = Measured(
             seconds=time.perf_counter() - started,
-            by_kind=chosen_in | surveyed.seconds | outcome.seconds,
-            bytes_read=outcome.bytes_read,
+            by_kind=chosen_in | surveyed.seconds | encoded.seconds | outcome.seconds,
+            bytes_read=outcome.bytes_read + encoded.bytes_read,
             peak_host=peak_host_memory(),
             peak_device=outcome.peak_device,
         )
@@ -183,6 +186,7 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
             bits=bits_per_weight(layers),
             budget=settled.to_dict(spending.budget.asked) if settled and spending else None,
             influence=surveyed.to_dict(),
+            encoder=encoded.to_dict(),
             evaluations=evaluations,
             outputs=outputs,
             rows=journal.rows,
@@ -299,18 +303,6 @@ def _mixed(prepared: Prepared) -> list[dict[str, Any]]:
     for name, scheme in mixed_schemes(prepared.recipe, prepared.layers).items():
         by_scheme.setdefault(scheme, []).append(name)
     return [{**scheme.to_dict(), "layers": names} for scheme, names in by_scheme.items()]
-
-
-def _forward(prepared: Prepared) -> Any:
-    """Hold all batches inside a block if what they hold fits into half of the free memory."""
-    asked = prepared.config.base.forward
-    if asked != "auto":
-        return asked
-    if prepared.device.type == "cuda":
-        free = torch.cuda.mem_get_info(prepared.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return "staged" if prepared.estimate.held <= free // 2 else "replay"
 
 
 def _finish_outputs(

@@ -289,10 +289,10 @@ def exporters_of(
 
 
 def mixed_schemes(recipe: Recipe, layers: Sequence[Layer]) -> dict[str, Scheme]:
-    """Schemes of the quantized Linears that a rule gives another one than most have, by the checkpoint's names."""
-    if not recipe.rules:
-        return {}
-    found = {layer.name: layer.scheme for layer in layers if layer.spec is not None}
+    """Schemes of the quantized Linears that have another one than most: a rule says so, or they are an encoder's. By
+    the checkpoint's names."""
+    own = (layer for layer in layers if layer.spec is not None and (recipe.rules or layer.outside))
+    found = {layer.name: layer.scheme for layer in own}
     return {name: scheme for name, scheme in found.items() if scheme != recipe.scheme}
 
 

@@ -231,18 +231,23 @@ class OldKey:
 _TYPO = "an old spelling, read as {new!r}"
 _NEVER_READ = "ignored; LLMC doesn't read it either"
 OLD_KEYS = (
-    OldKey("quant.speical", "special", _TYPO),
+    *(OldKey(f"{section}.speical", "special", _TYPO) for section in ("quant", "quant.vision")),
     OldKey("quant.kvcache.speical", "special", _TYPO),
     OldKey("sparse.speical", "special", _TYPO),
     OldKey("ignored_layers.speical_names", "special_names", _TYPO),
-    OldKey("quant.special.version", "trans_version", _TYPO),
+    *(OldKey(f"{section}.special.version", "trans_version", _TYPO) for section in ("quant", "quant.vision")),
     *(
         OldKey(f"{section}.{key}", None, _NEVER_READ)
-        for section in ("quant", "quant.weight", "quant.act", "quant.kvcache", "quant.*.*.weight", "quant.*.*.act")
+        for section in (
+            *("quant", "quant.weight", "quant.act", "quant.kvcache", "quant.*.*.weight", "quant.*.*.act"),
+            *("quant.vision", "quant.vision.weight", "quant.vision.act"),
+        )
         for key in ("qmax_to_tensor", "pack_mode")
     ),
-    OldKey("quant.need_pack", None, "ignored; every exporter knows how it packs"),
-    OldKey("quant.act.need_pack", None, "ignored; every exporter knows how it packs"),
+    *(
+        OldKey(f"{section}.need_pack", None, "ignored; every exporter knows how it packs")
+        for section in ("quant", "quant.act", "quant.vision", "quant.vision.act")
+    ),
     OldKey("quant.quant_objects", None, "ignored; only the language model is compressed"),
     OldKey("save.save_fp", None, "ignored; nothing is saved for it (save_trans saves the transformed model)"),
     OldKey("save.save_quant", None, "ignored; nothing is saved for it (save_fake saves the fake-quantized model)"),
@@ -251,10 +256,9 @@ OLD_KEYS = (
     OldKey("model.use_cpu_to_save_cuda_mem_for_catcher", None, "ignored; blocks are loaded one at a time anyway"),
 )
 
-_ENCODER = "compressing the encoder isn't available; language, or no such section, compresses the language blocks alone"
+_ENCODER = "pruning the encoder isn't available; language, or no such section, prunes the language blocks alone"
 _OUT_OF_SCOPE = {
     "video_gen": "video generation",
-    "quant.vision": _ENCODER,
     "sparse.vision": _ENCODER,
     "quant.video_gen": "video generation",
     "calib.video": "video generation",
@@ -332,19 +336,29 @@ def _eval_as_mapping(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten_language(document: Document, section: str) -> None:
+    """The keys of `language` stand in the section itself; `vision`, if it's quantized, stays a section in it."""
     inner = document.data.get(section)
-    if not isinstance(inner, dict) or not isinstance(inner.get("language"), dict):
+    if not isinstance(inner, dict):
         return
-    for key in inner:
-        if key != "language":
-            document.problem((section, key), f"stands beside {section}.language; put it into that section")
-    document.data[section] = inner["language"]
-    document.move((section,), (section, "language"))
+    vision = inner.pop("vision", None) if section == "quant" else None
+    if inner.get("language", True) in (None, False):
+        del inner["language"]
+    if isinstance(inner.get("language"), dict):
+        for key in inner:
+            if key != "language":
+                document.problem((section, key), f"stands beside {section}.language; put it into that section")
+        document.moved[section, "vision"] = (section, "vision")
+        document.data[section] = inner = inner["language"]
+        document.move((section,), (section, "language"))
+    if vision not in (None, False):
+        # A file that names the encoder alone leaves the language blocks as they are.
+        document.data[section] = {**(inner or {"method": []}), "vision": vision}
 
 
 def _repair_need_pack(document: Document) -> None:
     """`need_pack` has no effect here, so that even its misspellings may pass."""
-    for weight, path in _matches(document.data, "quant.weight"):
+    found = [pair for place in ("quant", "quant.vision") for pair in _matches(document.data, f"{place}.weight")]
+    for weight, path in found:
         section = weight["weight"]
         for key in list(section) if isinstance(section, dict) else []:
             if key not in ("need_pack", "pack_version") and "pack" in key and nearest(key, ["need_pack"]):
@@ -353,14 +367,15 @@ def _repair_need_pack(document: Document) -> None:
 
 
 def _spread_quant_type(document: Document) -> None:
-    for quant, path in _matches(document.data, "quant.quant_type"):
+    found = [pair for place in ("quant", "quant.vision") for pair in _matches(document.data, f"{place}.quant_type")]
+    for quant, path in found:
         kind = quant.pop("quant_type")
         document.note(path, "an old place, read as the quant_type of weight and act")
         for name in ("weight", "act"):
             section = quant.get(name)
             if isinstance(section, dict) and "quant_type" not in section and section.get("bit") != 16:
                 section["quant_type"] = kind
-                document.move(("quant", name, "quant_type"), path)
+                document.move((*path[:-1], name, "quant_type"), path)
 
 
 def _name_calibration(document: Document) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from operator import getitem
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +32,7 @@ from llmc.errors import ConfigError
 
 Methods = Mapping[str, type[BaseModel]]
 _NO_METHODS: Methods = MappingProxyType({})
+_QUANT, _VISION, _SPARSE = ("quant",), ("quant", "vision"), ("sparse",)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def load_config(
         _override(document, override)
     modernise(document)
     gather_budget(document)
-    options = {section: _resolve_options(document, section, methods) for section in ("quant", "sparse")}
+    options = {at: _resolve_options(document, at, methods) for at in (_QUANT, _VISION, _SPARSE)}
     try:
         config = Config.model_validate(document.data)
     except ValidationError as error:
@@ -74,13 +76,18 @@ def load_config(
         document.raise_problems()
         raise  # nothing was found to say: better the validator's own words than none
     document.raise_problems()
-    config = config.model_copy(
-        update={name: getattr(config, name).with_options(found) for name, found in options.items() if found}
-    )
+    quant, sparse = config.quant, config.sparse
+    if quant is not None:
+        vision = quant.vision and quant.vision.with_options(options[_VISION])
+        quant = quant.model_copy(update={"vision": vision}).with_options(options[_QUANT])
+    if sparse is not None:
+        sparse = sparse.with_options(options[_SPARSE])
+    config = config.model_copy(update={"quant": quant, "sparse": sparse})
     resolved: dict[str, Any] = config.model_dump(mode="json")
-    for section, found in options.items():
+    for at, found in options.items():
         if found:
-            resolved[section]["special"] = {name: model.model_dump(mode="json") for name, model in found.items()}
+            section = reduce(getitem, at, resolved)
+            section["special"] = {name: model.model_dump(mode="json") for name, model in found.items()}
     return LoadedConfig(config, tuple(document.notes), resolved)
 
 
@@ -239,9 +246,11 @@ def _index(container: object, part: str, text: str, example: str) -> str | int:
 
 
 # -- options of the methods --------------------------------------------------------------------------------------------
-def _resolve_options(document: Document, section: str, methods: Methods) -> dict[str, BaseModel]:
+def _resolve_options(document: Document, at: tuple[str, ...], methods: Methods) -> dict[str, BaseModel]:
     """The options of each method of a section, from its raw `special`; what is wrong with them becomes problems."""
-    raw = document.data.get(section)
+    raw: Any = document.data
+    for key in at:
+        raw = raw.get(key) if isinstance(raw, dict) else None
     given = raw.get("method") if isinstance(raw, dict) else None
     special = (raw.get("special") or {}) if isinstance(raw, dict) else {}
     names = [given] if isinstance(given, str) else given
@@ -249,13 +258,13 @@ def _resolve_options(document: Document, section: str, methods: Methods) -> dict
         return {}  # for the schema to refuse
     if names == ["TokenReduction"]:
         return {}  # options of methods for images, which nothing here reads
-    if section == "quant":
+    if at != _SPARSE:
         for index, name in enumerate(names):
-            path: KeyPath = (section, "method") if isinstance(given, str) else (section, "method", index)
+            path: KeyPath = (*at, "method") if isinstance(given, str) else (*at, "method", index)
             if text := _unavailable(name, methods):
                 document.problem(path, text)
     options: dict[str, BaseModel] = {}
-    for name, (path, values) in _by_method(document, (section, "special"), names, special, methods).items():
+    for name, (path, values) in _by_method(document, (*at, "special"), names, special, methods).items():
         kept = _known_options(document, path, name, values, methods)
         if name in methods:
             try:
@@ -287,7 +296,7 @@ def _by_method(
         elif key in names:
             document.problem((*at, key), f"{show(value)} stands where the options of {key} are expected")
         elif key in METHODS or key in methods:
-            document.problem((*at, key), f"{key} isn't in {at[0]}.method, so that it can't have options")
+            document.problem((*at, key), f"{key} isn't in {dotted(at[:-1])}.method, so that it can't have options")
         else:
             flat[key] = value
     if len(names) == 1 and names[0] not in special:

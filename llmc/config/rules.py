@@ -8,10 +8,12 @@ from llmc.config import legacy
 from llmc.config.suggest import did_you_mean, refuse_if
 
 if TYPE_CHECKING:
-    from llmc.config.schema import Config, EvalConfig
-    from llmc.config.tensors import KvCacheConfig
+    from llmc.config.schema import Config, EvalConfig, QuantConfig
+    from llmc.config.tensors import ActConfig, KvCacheConfig
 
 _FLOATS = ("e4m3", "e5m2")
+_OF_ENCODERS = ("RTN", "GPTQ", "Awq", "SmoothQuant")
+_WITHOUT_DATA = ("RTN",)
 _NEEDS_MODEL = ("lm_eval", "generate_only")  # evaluations of what a run wrote, once it has finished
 _NO_MODEL = ("save_trans", "save_imatrix")  # formats that don't hold the compressed model
 
@@ -94,3 +96,35 @@ def check_written(config: Config) -> None:
         "eval",
         f"{text}: {min(compressed, default='')} needs save.save_path and a format, such as save.save_fake: True",
     )
+
+
+def check_encoder(vision: QuantConfig | None) -> None:
+    """An encoder is quantized by methods that need neither a language model around it nor a cache."""
+    if vision is None:
+        return
+    other = [name for name in vision.method if name not in _OF_ENCODERS]
+    text = f"method {other[:1]} isn't for an image encoder; these are: {', '.join(_OF_ENCODERS)}"
+    refuse_if(not vision.method or other, "vision", text if other else "it needs a method")
+    refuse_if(vision.kvcache, "vision", "kvcache: an encoder has no KV cache; put it into the section language")
+    refuse_if(vision.token_reduction, "vision", "token_reduction isn't available")
+    refuse_if(vision.vision, "vision", "vision stands in it again; write it once")
+    static = [section for section in _acts(vision) if section.static]
+    refuse_if(static, "vision", "act: static scales aren't available for an encoder; use granularity: per_token")
+
+
+def _acts(quant: QuantConfig) -> list[ActConfig]:
+    found = [quant.act, *(one.act for one in quant.mix_bits.values())]
+    return [act for act in found if act is not None]
+
+
+def check_images(config: Config) -> None:
+    """What calibrates an encoder is images."""
+    vision = None if config.quant is None else config.quant.vision
+    if vision is None:
+        return
+    shown = config.calib is not None and config.calib.name == "custom_mm"
+    asking = [name for name in vision.method if name not in _WITHOUT_DATA]
+    text = f"quant.vision: {asking[:1]} is calibrated with images; use name: custom_mm, or method RTN"
+    refuse_if(asking and not shown, "calib", text)
+    text = "save_trans: the encoder before it's rounded isn't kept (quant.vision); use save_fake or save_vllm"
+    refuse_if(config.save.save_trans, "save", text)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_valid
 from llmc.config import legacy
 from llmc.config.budget import BudgetConfig, candidate_weights
 from llmc.config.reporting import ReportConfig
-from llmc.config.rules import check_evaluation, check_written
+from llmc.config.rules import check_encoder, check_evaluation, check_images, check_written
 from llmc.config.section import Section
 from llmc.config.suggest import refuse_if
 from llmc.config.tensors import Act, KvCache, KvWindow, MixSetting, Weight, check_blocks
@@ -158,7 +158,7 @@ class MethodSection(Section):
 class QuantConfig(MethodSection):
     """What is quantized, and by which methods."""
 
-    method: legacy.Names = Field(min_length=1, description="The methods, applied in this order in one pass.")
+    method: legacy.Names = Field(description="The methods, applied in this order in one pass.")
     weight: Weight = Field(None, description="How weights are quantized; None leaves them.")
     act: Act = Field(None, description="How activations are quantized; None leaves them.")
     kvcache: KvCache = Field(None, description="How the KV cache is quantized; None leaves it.")
@@ -169,9 +169,14 @@ class QuantConfig(MethodSection):
     quant_out: bool | None = Field(None, description="Feed each block compressed outputs; None: as the method has it.")
     tp: int = Field(1, ge=1, description="Tensor-parallel shards that scales are computed for.")
     token_reduction: legacy.Options | None = Field(None, description="Accepted from LLMC: reduction of visual tokens.")
+    vision: QuantConfig | None = Field(
+        None, description="How the image encoder is quantized, by the same keys; None leaves it."
+    )
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        refuse_if(not self.method and self.vision is None, "method", "empty; at least one entry is needed")
+        check_encoder(self.vision)
         twice = [name for name in self.method if self.method.count(name) > 1]
         refuse_if(twice, "method", f"{twice[:1]} stands there twice")
         refuse_if(self.tp > 1, "tp", f"{self.tp}: tensor-parallel scales are not supported yet")
@@ -288,4 +293,5 @@ class Config(Section):
         bare = compressed and not (self.quant or self.sparse)
         refuse_if(bare, "eval", f"{min(compressed, default='')} needs a section quant or sparse")
         check_written(self)
+        check_images(self)
         return self

@@ -57,7 +57,7 @@ class VLLM(Exporter):
         for layer in layers:
             self._check_layer(layer)
         check_turned(self.name, self._layout, [x for x in layers if not x.spec or isinstance(_layout(x.scheme), Codes)])
-        return [*turned, *self.conditions(found), *self._slower(layers)]
+        return [*turned, *self.conditions(found), *self._of_encoder(layers), *self._slower(layers)]
 
     def check_schemes(self, schemes: Sequence[Scheme]) -> None:
         """Refuse schemes that the backend doesn't load.
@@ -166,6 +166,15 @@ class VLLM(Exporter):
                 f"{layer.name}: blocks don't divide its {layer.rows} rows, and {self.backend} fuses it ({self.name})",
                 "use granularity: per_channel, or write save_fake, which Transformers loads",
             )
+
+    def _of_encoder(self, layers: Sequence[Layer]) -> list[str]:
+        """A warning of what only some of the backend's models do."""
+        if not any(layer.outside and layer.spec for layer in layers):
+            return []
+        return [
+            f"{self.name}: {self.backend} runs a quantized image encoder where its own code of the family hands the "
+            "quantization on to it; Transformers loads this folder too"
+        ]
 
     def _slower(self, layers: Sequence[Layer]) -> list[str]:
         """A warning of packed Linears whose shape the fastest kernel doesn't take."""

@@ -1,6 +1,6 @@
 """Architectures as data, and the function-preserving changes that they allow."""
 
-from .adapter import Heads, Images, ModelAdapter, Residual, Space, Subset, heads_of
+from .adapter import Encoder, Heads, Images, ModelAdapter, Residual, Space, Subset, heads_of
 from .discover import BlockFacts, Discovery, discover
 from .fold import ScaleRule, fold_scale, fold_shift, scale_rule, smoothed
 from .registry import ADAPTERS, declared, find_adapter, refuse_foreign_layout
@@ -13,6 +13,7 @@ __all__ = [
     "BlockFacts",
     "BlockSelection",
     "Discovery",
+    "Encoder",
     "Heads",
     "Images",
     "ModelAdapter",

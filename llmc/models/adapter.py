@@ -101,10 +101,36 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """Attention geometry: with fewer key-value heads than query heads, a value head feeds ``query // kv`` slices."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The blocks of an image encoder. All of them are built alike.
+
+    Attributes:
+        lists: dotted paths of its lists of blocks inside the whole model, in the order in which they run.
+        subsets: of each block, in execution order.
+        heads: attention geometry.
+    """
+
+    lists: tuple[str, ...]
+    subsets: tuple[Subset, ...]
+    heads: Heads
+
+
+@dataclass(frozen=True)
 class Images:
     """What a family that reads images has besides its language blocks. Encoder and projector stand in front of them.
 
     Attributes:
+        encoder: from the whole model's config to the encoder's blocks; raises ModelError with the reason where they
+            can't be compressed.
         mark: the text that stands for an image in a prompt, as the model's processor wants it.
         optional: the child of those blocks that a forward without images leaves out; "": it calls every block.
         between: whether features of the image are added to the hidden state between blocks, too.
@@ -112,6 +138,7 @@ class Images:
     """
 
     mark: str
+    encoder: Callable[[PretrainedConfig], Encoder]
     optional: str = ""
     between: bool = False
     looks_ahead: bool = False
@@ -119,15 +146,6 @@ class Images:
     def may_skip(self, block: nn.Module) -> bool:
         """Whether a forward may leave a block out."""
         return any(name == self.optional for name, _ in block.named_children())
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attention geometry: with fewer key-value heads than query heads, a value head feeds ``query // kv`` slices."""
-
-    query: int
-    kv: int
-    dim: int
 
 
 def heads_of(config: Any) -> Heads:

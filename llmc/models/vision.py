@@ -1,8 +1,8 @@
 """Models that read images and text: the language blocks of each family, and how images get to them.
 
-Encoder and projector are whatever stands in front of the blocks. They run whole and are written as they were. Their
-output takes the place of the image tokens' embeddings, so who writes it writes the residual; Mllama's goes to the
-cross-attention of some blocks instead.
+Encoder and projector are whatever stands in front of the blocks: there they run whole. The encoder's own blocks may
+have been compressed before (``encoders.py``). The projector's output takes the place of the image tokens' embeddings,
+so who writes it writes the residual; Mllama's goes to the cross-attention of some blocks instead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers import PretrainedConfig
 
-from . import gemma, llama
+from . import encoders, gemma, llama
 from .adapter import Images, ModelAdapter, Residual, Subset
 
 _BLOCKS = "model.language_model.layers"
@@ -64,7 +64,7 @@ def mllama_subsets(config: PretrainedConfig, block: nn.Module) -> tuple[Subset, 
     )
 
 
-_CROSSING = Images("<|image|>", optional="cross_attn")
+_CROSSING = Images("<|image|>", encoders.local_and_global, optional="cross_attn")
 
 
 def _family(
@@ -81,12 +81,14 @@ def _family(
 
 
 VISION = (
-    _family("Llava", "llava", Images("<image>"), _projected, aliases=("LlavaHf",)),
-    _family("Llava_OneVision", "llava_onevision", Images("<image>"), _with_newline),
-    _family("Qwen2VL", "qwen2_vl", Images(_QWEN), _merged),
-    _family("Qwen2.5VL", "qwen2_5_vl", Images(_QWEN), _merged),
-    _family("Qwen3VL", "qwen3_vl", Images(_QWEN, between=True), _merged_in_several_places),
+    _family("Llava", "llava", Images("<image>", encoders.tower), _projected, aliases=("LlavaHf",)),
+    _family("Llava_OneVision", "llava_onevision", Images("<image>", encoders.tower), _with_newline),
+    _family("Qwen2VL", "qwen2_vl", Images(_QWEN, encoders.qwen2), _merged),
+    _family("Qwen2.5VL", "qwen2_5_vl", Images(_QWEN, encoders.qwen2_5), _merged),
+    _family("Qwen3VL", "qwen3_vl", Images(_QWEN, encoders.qwen3, between=True), _merged_in_several_places),
     _family("Mllama", "mllama", _CROSSING, _crossed, mllama_subsets),
-    _family("InternVL2", "internvl", Images("<IMG_CONTEXT>"), _projected),
-    _family("Gemma3", "gemma3", Images("<start_of_image>", looks_ahead=True), gemma.refused, gemma.later),
+    _family("InternVL2", "internvl", Images("<IMG_CONTEXT>", encoders.internvl), _projected),
+    _family(
+        "Gemma3", "gemma3", Images("<start_of_image>", encoders.tower, looks_ahead=True), gemma.refused, gemma.later
+    ),
 )

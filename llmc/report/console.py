@@ -78,7 +78,7 @@ class ProgressListener:
     def started(self, blocks: int, done: int) -> None:
         """The pass begins."""
         self._blocks = blocks
-        self._bar.update(self._task, total=blocks)
+        self._bar.update(self._task, total=blocks, completed=done)
         if done:
             self._rich.print(f"resuming: {done} of {blocks} blocks were written before")
 
@@ -178,6 +178,10 @@ class Console:
             for name, setting in budget["mix_bits"].items():
                 facts[f"chosen ({name})"] = ", ".join(setting["layer_name"])
             facts["expected loss"] = f"{budget['loss']:.4g} nats per token; metrics.json has the choice as YAML"
+        if metrics["encoder"] is not None:
+            last = metrics["encoder"]["blocks"][-1]["error"]
+            told = "" if last is None else f", relative error {last:.2e} behind the last"
+            facts["image encoder"] = f"{len(metrics['encoder']['blocks'])} blocks compressed{told}"
         if (surveyed := metrics["blocks_dropped"]) is not None:
             dropped = [f"{index} ({surveyed['influence'][index]:.3f})" for index in surveyed["dropped"]]
             kept = metrics["model"]["blocks"] - len(dropped)

@@ -11,7 +11,7 @@ from .experts import BlockExperts
 
 SCHEMA = 2
 READABLE = (1, SCHEMA)  # of which 2 has more kinds of evaluations, and numbers of layers that may be missing
-_BLOCK_KEYS = (
+BLOCK_KEYS = (
     "unit",
     "seconds",
     "seconds_by_kind",
@@ -58,6 +58,7 @@ def make_metrics(
     bits: float | None,
     budget: Mapping[str, Any] | None,
     influence: Mapping[str, Any] | None,
+    encoder: Mapping[str, Any] | None,
     evaluations: Sequence[Evaluated],
     outputs: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
@@ -75,6 +76,7 @@ def make_metrics(
     ``experts`` says of each block of a mixture how many calibration tokens its experts were shown, and which saw too
     few and were solved with those of all; in ``layers`` stand every expert's ``tokens``, and in ``wanted`` how many it
     should have had where it had fewer.
+    ``encoder`` says the same of the blocks of an image encoder, their ``error`` on the calibration images.
     ``tuning`` is the loss at the start and at the end of a block that was learned, and the epoch that was kept."""
     blocks = [row for row in rows if row["kind"] == "unit" and "layers" in row]
     experts = [found for row in blocks if (found := BlockExperts.of(row)) is not None]
@@ -107,7 +109,8 @@ def make_metrics(
         "peak_device_bytes": measured.peak_device,
         "fallbacks": fallbacks,
         "experts": [one.to_dict() for one in experts],
-        "blocks": [{key: row.get(key) for key in _BLOCK_KEYS} for row in blocks],
+        "blocks": [{key: row.get(key) for key in BLOCK_KEYS} for row in blocks],
+        "encoder": None if encoder is None else dict(encoder),
         "config": dict(config),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from .files import write_tensors
 
 
 class Stream:
-    """One hidden state ``[batch, tokens, hidden]`` for each batch, overwritten in place block after block."""
+    """One hidden state ``[.., tokens, hidden]`` for each batch, overwritten in place block after block."""
 
     def __init__(self, name: str, batches: Sequence[Tensor]) -> None:
         self.name = name
@@ -53,9 +54,9 @@ class ActivationStore:
         shutil.rmtree(self._mapped, ignore_errors=True)
         self.streams: dict[str, Stream] = {}
 
-    def add(self, name: str, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype) -> Stream:
+    def add(self, name: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Stream:
         """A new stream, uninitialized. It's mapped to a file if it doesn't fit in what is left of the budget."""
-        sizes = [shape[0] * shape[1] * shape[2] for shape in shapes]
+        sizes = [math.prod(shape) for shape in shapes]
         nbytes = sum(sizes) * dtype.itemsize
         if nbytes <= self._left:
             self._left -= nbytes

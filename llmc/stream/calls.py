@@ -11,7 +11,7 @@ reaches the next one then *is* what the model adds, and adding it to any other h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -93,23 +93,15 @@ class _Output(Tensor):
         return iter((self.first, None))
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block; whatever else the model asks of it, the real block answers."""
+class _Recorder:
+    """What a block's forward is replaced by; the block itself stays where it is, with its hooks and attributes."""
 
-    def __init__(self, real: nn.Module, returned: Tensor | None, *, last: bool, zeros: bool) -> None:
-        super().__init__()
-        self.__dict__["real"] = real
+    def __init__(self, returned: Tensor | None, *, last: bool, zeros: bool) -> None:
         self.returned = None if returned is None else _Output.of(returned)
         self.last, self.zeros = last, zeros
         self.call: Call | None = None
         self.hidden: Tensor | None = None
         self.passed: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["real"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.hidden = hidden_states.first if isinstance(hidden_states, _Output) else hidden_states
@@ -124,43 +116,51 @@ class _Recorder(nn.Module):
 
 @contextmanager
 def _recording(blocks: nn.ModuleList, returned: Tensor | None, *, zeros: bool = False) -> Iterator[list[_Recorder]]:
-    real = list(blocks)
-    recorders = [_Recorder(block, returned, last=block is real[-1], zeros=zeros) for block in real]
-    try:
-        for index, recorder in enumerate(recorders):
-            blocks[index] = recorder
+    recorders = [_Recorder(returned, last=block is blocks[-1], zeros=zeros) for block in blocks]
+    with ExitStack() as stack:
+        for block, recorder in zip(blocks, recorders, strict=True):
+            stack.enter_context(_replaced([block], recorder.forward))
         yield recorders
-    finally:
-        for index, block in enumerate(real):
-            blocks[index] = block
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a dry forward showed: the input of the first block and the call of each."""
+    """What a dry forward showed: the input of the first block, of an encoder ``[.., patches, hidden]``, and the call of
+    each."""
 
     hidden: Tensor
     calls: list[Call]
 
 
-def record(skeleton: Skeleton, batch: Batch, device: torch.device) -> Recorded:
+Passed = Sequence[tuple[nn.ModuleList, Tensor]]
+"""Lists of blocks that a forward doesn't run, with the outputs that they are known to have."""
+
+
+def record(skeleton: Skeleton, batch: Batch, device: torch.device, passed: Passed = ()) -> Recorded:
     """Run the model's own code around its blocks on a batch; the embedding's unit is loaded.
+
+    Args:
+        skeleton: the model.
+        batch: what it's given.
+        device: where to compute.
+        passed: lists of blocks in front of the skeleton's own.
 
     Raises:
         ModelError: code between two blocks changes the hidden state in a way that a pass over blocks would lose, a
             block wasn't called that every forward must call, or the hidden state isn't ``[batch, tokens, hidden]``.
     """
     adds = batch.has_images and skeleton.images is not None and skeleton.images.between
-    with (
-        _recording(skeleton.blocks, None, zeros=adds) as recorders,
-        _ending(skeleton),
-        suppress(_Behind),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(suppress(_Behind))
+        recorders = stack.enter_context(_recording(skeleton.blocks, None, zeros=adds))
+        stack.enter_context(_ending(skeleton))
+        for blocks, output in passed:
+            stack.enter_context(_recording(blocks, output))
         skeleton.model(**batch.to(device, skeleton.model.dtype), use_cache=False)
     first = next((recorder.hidden for recorder in recorders if recorder.hidden is not None), None)
     if first is None:
         raise ModelError("the model never called its blocks", "the adapter's path of the blocks must be wrong")
-    if first.shape[:-1] != batch.tokens.shape:
+    if not skeleton.is_encoder and first.shape[:-1] != batch.tokens.shape:
         shape = list(batch.tokens.shape)
         raise ModelError(
             f"the hidden state of {shape} tokens is {list(first.shape)}, not [batch, tokens, hidden]",

@@ -25,6 +25,7 @@ from .clock import Clock
 from .clustered import ClusteredBlock
 from .edges import Edges
 from .entrance import Entrance
+from .front import CompressedFront
 from .head import Head
 from .journal import Journal
 from .memory import give_back_memory, short_collections
@@ -61,6 +62,9 @@ class Engine:
         frame: what transforms may know of the model that need no data; None: there is none of them.
         dropped: blocks that only the evaluation of the original passes.
         analysis: what is looked at on the way; None: nothing.
+        front: what an earlier pass has compressed of what stands in front of the blocks; None: nothing.
+        entrance: runs what stands in front of the blocks; None: the usual.
+        blocks_only: write and evaluate nothing but blocks: what is around them belongs to another pass.
     """
 
     def __init__(
@@ -84,6 +88,9 @@ class Engine:
         decoding: Batches = _NONE,
         dropped: frozenset[int] = frozenset(),
         analysis: AnalysisPlan | None = None,
+        front: CompressedFront | None = None,
+        entrance: Entrance | None = None,
+        blocks_only: bool = False,
     ) -> None:
         if any(row["kind"] == "unit" for row in journal.rows) and recipe.steps and not sinks:
             raise ValueError("a run can't be resumed without a sink that holds the compressed blocks")
@@ -96,7 +103,8 @@ class Engine:
         self._store, self._journal, self._device = store, journal, device
         self._options, self._listener = options, listener
         self._count, self._dropped = len(skeleton.blocks), dropped
-        self._entrance = Entrance(skeleton, store, device)
+        self._entrance = entrance or Entrance(skeleton, store, device)
+        self._front, self._blocks_only = front or CompressedFront(skeleton), blocks_only
         self._analysis = analysis
         self._batches["analysis"] = _NONE if analysis is None else Batches(analysis.batches)
         self._clock = Clock(device)
@@ -127,7 +135,8 @@ class Engine:
         for index in range(first, self._count):
             if self._passed(index):
                 self._block(index)
-        self._head(embedding)
+        if not self._blocks_only:
+            self._head(embedding)
         seconds, peak_device = self._clock.finish()
         return Outcome(self._source.bytes_read, seconds, peak_device)
 
@@ -138,14 +147,15 @@ class Engine:
         self._listener.phase("embedding")
         raw = self._source.take(EMBED)
         changed = self._edges.embedding(raw)
-        self._write_through(EMBED, changed)
+        self._write_through(EMBED, self._front.record(changed))
         wanted, resumed = self._wanted_streams(), self._journal.last("activations") is not None
         for weights, names in self._edges.by_state(raw, changed, wanted):
             self._skeleton.load(weights)
-            for name in names:
-                self._entrance.fill(name, wanted[name], keep=not resumed)
+            for own, apart in self._front.by_encoder(names, weights):
+                for name in own:
+                    self._entrance.fill(name, wanted[name], keep=not resumed, apart=apart)
         self._skeleton.release_unit(EMBED)
-        kept = self._skeleton.tied_head and (self._edges.change or self._measured)
+        kept = self._skeleton.tied_head and (self._edges.change or self._measured) and not self._blocks_only
         give_back_memory()
         return raw if kept else {}
 
@@ -353,18 +363,18 @@ class Engine:
         self._listener.phase("head")
         raw = self._source.take(HEAD)
         changed = self._edges.head(raw, embedding)
-        self._write_through(HEAD, changed)
+        self._write_through(HEAD, UnitRecord(plain=changed))
         if self._measured:
             texts = {kind: self._batches[kind] for kind in _EVALUATED}
             head = Head(self._skeleton, self._edges, self._store, self._device)
             self._timed("evaluate", lambda: head.show(raw, changed, embedding, texts))
 
-    def _write_through(self, unit: str, raw: dict[str, Tensor]) -> None:
+    def _write_through(self, unit: str, done: UnitRecord) -> None:
         """Embedding and head go to every output alike."""
-        if self._journal.unit(unit) is not None:
+        if self._journal.unit(unit) is not None or self._blocks_only:
             return
         sinks = [*self._sinks, *([self._transformed] if self._transformed is not None else [])]
-        outputs = {sink.format.name: self._write(sink, unit, UnitRecord(plain=raw)) for sink in sinks}
+        outputs = {sink.format.name: self._write(sink, unit, done) for sink in sinks}
         self._journal.append({"kind": "unit", "unit": unit, "outputs": outputs})
 
     # --- small things ------------------------------------------------------------------------------------------------

@@ -234,6 +234,7 @@ class Skeleton:
         path: the adapter's path of the blocks.
         blocks: its blocks, as found there.
         images: how it reads images; None: it doesn't.
+        is_encoder: whether the blocks are those of an encoder; nothing of what is behind them is in a unit then.
         units: checkpoint names of each unit's tensors.
         parameter_of: from checkpoint name to the model's parameter name.
     """
@@ -253,7 +254,7 @@ class Skeleton:
         own = images is not None
         self.model: Any = empty_model(config, dtype, trust_remote_code=trust_remote_code, images=own)
         self._experts = [name for name, module in self.model.named_modules() if isinstance(module, LinearExperts)]
-        self.images = images
+        self.images, self.is_encoder = images, False
         wrong = [name for name, p in self.model.named_parameters() if p.is_floating_point() and p.dtype != dtype]
         if wrong:
             raise ModelError(f"parameter {wrong[0]} insists on another dtype than {dtype}", "set model.torch_dtype")

@@ -157,7 +157,7 @@ def test_the_good_one(tmp_path: Path) -> None:
         ("        percdamp: 0.01", "        RTN: {}", "quant.special.RTN (line 26): RTN isn't in quant.method"),
         ("        percdamp: 0.01", "        GPTQ: {percdam: 1}", "quant.special.GPTQ.percdam (line 26): unknown key; did you mean 'percdamp'?"),
         # out of scope
-        ("    method: GPTQ", "    vision: {method: RTN}\n    method: GPTQ", "quant.vision (line 15): compressing the encoder isn't available"),
+        ("    method: GPTQ", "    vision: {method: Quarot}\n    method: GPTQ", "quant.vision (line 15): method ['Quarot'] isn't for an image encoder; these are: RTN, GPTQ, Awq, SmoothQuant"),
         ("name: c4", "name: t2v", "calib.name (line 6): 't2v': video generation is out of scope"),
         ("    save_vllm", "    save_lightx2v: True\n    save_vllm", "save.save_lightx2v (line 31)"),
         ("    path: /models/tiny", "    path: m\n    type: WanT2V", "model.type (line 5): 'WanT2V': video generation is out of scope"),
