@@ -39,7 +39,7 @@ def test_the_commands_run_and_leave_what_the_page_says(place, monkeypatch, capsy
     assert len(ran) == 8 and ran[0].count("perplexity (") == 2 and "clean" in ran[1] and "clean" in ran[3]
     quickstart = place / "outputs" / "quickstart"
     names = {path.name for path in quickstart.iterdir() if not path.name.startswith(".")}
-    assert names == {"metrics.json", "vllm_quant_model", "fake_quant_model"}
+    assert names == {"metrics.json", "report.html", "surfaces.safetensors", "vllm_quant_model", "fake_quant_model"}
     measured = [json.loads((place / "outputs" / name / "metrics.json").read_text()) for name in ("mine", "awq")]
     values = [{one["position"]: one["value"] for one in metrics["evaluation"]} for metrics in measured]
     assert values[0]["pretrain"] == values[1]["pretrain"] and values[0]["fake_quant"] != values[1]["fake_quant"]
