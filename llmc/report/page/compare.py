@@ -211,8 +211,9 @@ def _rise(run: Run) -> float | None:
 
 
 def _mean_error(run: Run) -> float | None:
-    found = [layer.error for block in run.blocks for layer in block.layers.values() if layer.error is not None]
-    return fmean(found) if found and run.finished else None
+    """Of outputs on the analysis's sample, which is the same for all methods; their own errors aren't."""
+    ratios = [layer.sqnr_db for block in run.blocks for layer in block.layers.values() if layer.sqnr_db is not None]
+    return fmean(10 ** (-ratio / 10) for ratio in ratios) if ratios and run.finished else None
 
 
 def _last_error(run: Run) -> float | None:

@@ -46,11 +46,11 @@ MEASURES = (
     Measure(
         "error",
         "Relative error",
-        "|(W − W′)X|² / |WX|² of each layer's output, coloured logarithmically; the scale's right end is the worst.",
+        "|(W − W′)X|² / |WX|² of each layer's output, as its method measured it (on its calibration text, a sample, or "
+        "the weights alone), coloured logarithmically; the scale's right end is the worst.",
         lambda layer: layer.error,
         _log,
-        number,
-        better="low",
+        number,  # methods measure it on different inputs: nothing to be compared between runs
     ),
     Measure(
         "sqnr",
