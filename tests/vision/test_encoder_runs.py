@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,8 @@ def test_killed_and_resumed_the_encoder_has_the_same_bytes(source, text, tmp_pat
             monkeypatch.setattr(Journal, "append", dying_after(rows))
             try:
                 llmc.compress(killed)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,8 @@ def test_killed_and_resumed_it_writes_the_same_bytes(source, text, tmp_path, mon
             monkeypatch.setattr(Journal, "append", dying_after(rows))
             try:
                 llmc.compress(killed)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
