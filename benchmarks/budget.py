@@ -4,12 +4,14 @@
 
 Measures the sensitivity once, then runs each cell from it, all with the same calibration and evaluation text. What is
 already in ``FOLDER`` isn't run again: the command can be killed and repeated. ``--samples 16 --windows 8`` is a quick
-look, for all competitors alike.
+look, for all competitors alike. At the first size schemes are chosen by relative errors alone, too: what the importance
+of layers is good for.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +35,8 @@ def cell(name: str, column: str, samples: int, bit: int, **mix_bits: object) -> 
 
 def cells(args: argparse.Namespace, losses: Path) -> Iterator[Cell]:
     """Of each size the run with one scheme, if one has it, and the run with a budget."""
+    unweighed = {"budget": OVERHEAD[args.bits[0]], "from": str(without_importance(losses))}
+    yield cell("budget, relative errors alone", f"{OVERHEAD[args.bits[0]]:.4f}", args.samples, 4, **unweighed)
     for bit in args.bits:
         yield cell("uniform", f"{OVERHEAD[bit]:.4f}", args.samples, bit)
     for size in [*(OVERHEAD[bit] for bit in args.bits), *args.budgets]:
@@ -52,6 +56,17 @@ def measured(args: argparse.Namespace) -> Path:
         command = [sys.executable, "-m", "llmc", "sensitivity", "--config", str(folder / "config.yml")]
         with (folder / "log").open("w") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
+    return file
+
+
+def without_importance(losses: Path) -> Path:
+    """The same file with relative errors in the place of losses."""
+    content = json.loads(losses.read_text(encoding="utf-8"))
+    for layer in content["layers"]:
+        for trial in layer["trials"]:
+            trial["loss"] = trial["error"]
+    file = losses.with_name("errors.json")
+    file.write_text(json.dumps(content), encoding="utf-8")
     return file
 
 
