@@ -476,6 +476,8 @@ def test_the_exit_code_of_the_process(case, overrides, said):
 def test_everything_that_a_finished_run_leaves_can_be_loaded(case):
     run = case(method="GPTQ")
     assert main(run.arguments) == 0
-    assert {path.name for path in run.save_path.iterdir()} == {"metrics.json", "vllm_quant_model", "fake_quant_model"}
+    files = {"metrics.json", "report.html", "surfaces.safetensors"}
+    assert {path.name for path in run.save_path.iterdir()} == {*files, "vllm_quant_model", "fake_quant_model"}
+    assert load_file(run.save_path / "surfaces.safetensors")
     for folder in ("vllm_quant_model", "fake_quant_model"):
         assert all(load_file(file) for file in (run.save_path / folder).glob("*.safetensors"))
