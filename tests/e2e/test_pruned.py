@@ -213,7 +213,8 @@ def test_without_a_compressed_model_to_save_a_killed_run_goes_on_from_its_own_co
         compress(runs[1].content, listener=Assassin(2))
     assert perplexities(runs[1]) == expected
     assert runs[1].written() == runs[0].written()
-    assert {path.name for path in runs[1].save_path.iterdir()} == {"metrics.json", TRANS}
+    told = {"metrics.json", "report.html", "surfaces.safetensors"}
+    assert {path.name for path in runs[1].save_path.iterdir()} == {*told, TRANS}
 
 
 def test_the_metrics_and_the_summary_tell_the_sparsity(pruned, capsys):
