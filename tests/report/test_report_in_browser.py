@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -53,10 +54,12 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def pages(made, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
+    long = Path(shutil.copytree(made["plain"].folder, folder / "quarot-gptq-w4a4-of-another-day"))
     return {
         "run": write_report(made["rtn"].folder, folder / "run.html"),
         "plain": write_report(made["plain"].folder, folder / "plain.html"),
         "comparison": compare_runs([made["rtn"].folder, made["gptq"].folder], folder / "both.html"),
+        "several": compare_runs([made["rtn"].folder, made["gptq"].folder, long], folder / "several.html"),
     }
 
 
@@ -85,11 +88,12 @@ def look(browser, pages) -> Iterator[Callable[..., Page]]:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["run", "plain", "comparison"])
+@pytest.mark.parametrize("name", ["run", "plain", "comparison", "several"])
 def test_nothing_overflows_and_everything_can_be_read(look, name, size, theme):
     page = look(name, size, theme)
-    for tab in page.query_selector_all("[role=tab]"):
-        tab.click()
+    for tab in [None, *page.query_selector_all("[role=tab]")]:
+        if tab is not None:
+            tab.click()
         assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
     ratio, where = page.evaluate(CONTRAST)
     assert ratio >= 4.5, where
