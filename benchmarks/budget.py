@@ -30,7 +30,8 @@ def cell(name: str, column: str, samples: int, bit: int, **mix_bits: object) -> 
     quant = {"method": "GPTQ", "weight": {"bit": bit, **GRID}, "special": {"actorder": True, "static_groups": True}}
     if mix_bits:
         quant["mix_bits"] = mix_bits
-    return Cell("budget", name, column, {"samples": samples, "quant": quant})
+    measured_by = {"type": ["ppl", "token_acc"]}  # perplexity, and the divergence that a budget's losses estimate
+    return Cell("budget", name, column, {"samples": samples, "quant": quant, "eval": measured_by})
 
 
 def cells(args: argparse.Namespace, losses: Path) -> Iterator[Cell]:
@@ -83,12 +84,16 @@ def main() -> None:
     runs = list(cells(args, measured(args)))
     for one in runs:
         fill(one, args)
-    print("| schemes | asked | bits per weight | perplexity |\n|---|---:|---:|---:|")
+    print("| schemes | asked | bits per weight | perplexity | divergence | expected |\n|---|" + "---:|" * 5)
     for one in runs:
         found = metrics(args.out / one.folder)
         if found is not None:
-            value, bits = found["evaluation"][0]["value"], found["bits_per_weight"]
-            print(f"| {one.row} | {one.column} | {bits:.4f} | {value:.2f} |")
+            perplexity, divergence = (
+                next(row for row in found["evaluation"] if row["type"] == kind) for kind in ("ppl", "token_acc")
+            )
+            expected = f"{found['bit_budget']['loss']:.4f}" if found.get("bit_budget") else ""
+            values = f"{found['bits_per_weight']:.4f} | {perplexity['value']:.2f} | {divergence['kl']:.4f} | {expected}"
+            print(f"| {one.row} | {one.column} | {values} |")
 
 
 if __name__ == "__main__":

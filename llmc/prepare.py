@@ -30,7 +30,8 @@ from .models import (
 from .models.experts import HostMemory
 from .models.layouts import StoredLayout, layout_of
 from .models.locate import locate_checkpoint
-from .plan import Estimate, largest_block, make_estimate, make_layers, outside_layers, stored_dtype
+from .plan import Estimate, make_estimate, make_layers, outside_layers, stored_dtype
+from .room import check_learning, experts_on_host
 from .samples import Evaluation, calibration, check_images, check_tokens, evaluations_of, image_warnings, load_tokenizer
 from .stream.attention import check_attention
 from .stream.batch import Batch
@@ -141,7 +142,8 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
     heads = adapter.heads(model_config.get_text_config())
     encoder, language = plan_encoder(config, adapter, skeleton, entries, stored)
     recipe = make_recipe_of(language, stored, make_kv(config, heads))
-    _check_recipe(config, recipe, skeleton, subsets, compute)
+    check_learning(recipe, skeleton, entries, device)
+    _check_recipe(config, recipe, skeleton, subsets)
     check_images(config, recipe, adapter)
     frame = _frame(recipe, adapter, skeleton, subsets)
     online = recipe.online(frame)
@@ -208,15 +210,6 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
     return replace(prepared, jobs=jobs, warnings=warnings + jobs.warnings)
 
 
-def experts_on_host(
-    config: Config, skeleton: Skeleton, entries: Mapping[str, DenseEntry], device: torch.device
-) -> bool:
-    """Whether the experts of a block are to stay in the host's memory, from where they visit the device."""
-    if config.base.experts != "auto" or device.type != "cuda":
-        return config.base.experts == "host" and device.type != "cpu"
-    return 2 * largest_block(skeleton, entries) > torch.cuda.mem_get_info(device)[0]
-
-
 def _vocabulary(skeleton: Skeleton) -> int:
     """How many tokens the model has an embedding for; configurations of models that read images needn't say."""
     if skeleton.images is None:
@@ -258,11 +251,8 @@ def _frame(
     return Frame(subsets, adapter.heads(config), declared, config.hidden_size, recipe.seed, ffn)
 
 
-def _check_recipe(
-    config: Config, recipe: Recipe, skeleton: Skeleton, subsets: Sequence[tuple[Subset, ...]], compute: torch.dtype
-) -> None:
-    """Refuse what the model, or the dtype that it's computed in, doesn't allow."""
-    _check_learning(recipe, compute)
+def _check_recipe(config: Config, recipe: Recipe, skeleton: Skeleton, subsets: Sequence[tuple[Subset, ...]]) -> None:
+    """Refuse what the model doesn't allow."""
     if recipe.kv is not None or any(one.type == "decode_ppl" for one in config.eval):
         check_attention(skeleton.model)
         _check_heads(subsets)
@@ -292,16 +282,6 @@ def _check_dropping(recipe: Recipe, blocks: int) -> None:
         raise ConfigError(
             f"sparse.weight.n_prune_layers: {recipe.drop_blocks}, but the model has {blocks} blocks{kept}",
             f"the most is {min(free, blocks - 1)}",
-        )
-
-
-def _check_learning(recipe: Recipe, compute: torch.dtype) -> None:
-    """Refuse gradients in float16, where small ones vanish."""
-    learning = [step.algorithm.name for step in recipe.steps if step.algorithm.learns]
-    if learning and compute == torch.float16:
-        raise ConfigError(
-            f"model.torch_dtype: {learning[0]} learns by gradients, for which float16 is too narrow",
-            "set model.torch_dtype to torch.bfloat16 or torch.float32",
         )
 
 

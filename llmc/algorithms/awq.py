@@ -94,7 +94,7 @@ class Awq(Algorithm):
             scaled = gram.matrix / scale / scale[:, None]
             for name, spec in view.specs.items():
                 if not any(part in name for part in _UNCLIPPED):
-                    weight = view.linears[name].weight.detach().float() * scale
+                    weight = view.weight(name) * scale
                     symmetric = spec.symmetric if self.options.clip_sym is None else self.options.clip_sym
                     view.clips[name] = search_clip(weight, scaled, spec, symmetric=symmetric)
 
@@ -117,12 +117,13 @@ def candidates(view: SubsetView, magnitude: Tensor, rule: ScaleRule, options: Aw
 def _relative_weight(view: SubsetView) -> Tensor:
     """Mean over the rows of all Linears of ``|w| / max|w| of its group``, ``[in]``."""
     relative = []
-    for name, linear in view.linears.items():
-        groups, spec = linear.weight.detach().float().abs(), view.specs.get(name)
+    for name in view.linears:
+        weight, spec = view.weight(name), view.specs.get(name)
+        groups = weight.abs()
         if spec is not None:
             groups = to_groups(groups, spec)
         groups = groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)
-        relative.append(groups if spec is None else from_groups(groups, linear.weight.shape, spec))
+        relative.append(groups if spec is None else from_groups(groups, weight.shape, spec))
     return torch.cat(relative).mean(0)
 
 

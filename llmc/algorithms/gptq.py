@@ -160,7 +160,7 @@ class _Job:
 
     def _weight(self, name: str) -> Tensor:
         """``[out, in]`` in float32, 0 where the input channel is always 0."""
-        return self.view.linears[name].weight.detach().float().masked_fill(self._gram.diagonal() == 0, 0)
+        return self.view.weight(name).masked_fill(self._gram.diagonal() == 0, 0)
 
     def ranges(self) -> list[tuple[Tensor, Tensor]]:
         """Scale and zero point of each original weight, clipped where an earlier step asks for it."""
@@ -176,7 +176,7 @@ class _Job:
             ]
             fixed = (torch.cat([scale for scale, _ in by_row]), torch.cat([zero for _, zero in by_row]))
         pruned = torch.cat([self.view.pruned[name] for name in self.names]) if self._is_pruned else None
-        return Problem(torch.cat(weights), self._gram, fixed, pruned)
+        return Problem(torch.cat(weights), self._gram, fixed, None if pruned is None else pruned.to(self.device))
 
     def deliver(self, ranges: list[tuple[Tensor, Tensor]], solution: Solution | None) -> None:
         """Hand over the result; weights rounded to nearest if there is none."""

@@ -100,7 +100,7 @@ def find_site(view: SubsetView, *, alpha: float | None, shift: bool, feed_forwar
     if alpha is not None:
         offset = 0 if middle is None else middle
         reach = torch.maximum(found.hi - offset, offset - found.lo)
-        largest = torch.stack([linear.weight.detach().float().abs().amax(0) for linear in view.linears.values()])
+        largest = torch.stack([view.weight(name).abs().amax(0) for name in view.linears])
         scale = smoothing(reach, largest.amax(0), alpha)
     return Site(view, rule, rule.to_prev(rule.tie(scale)).clamp(min=SMALLEST_SCALE), middle)
 

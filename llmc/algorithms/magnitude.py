@@ -31,6 +31,6 @@ class Magnitude(Algorithm):
     def subset(self, view: SubsetView) -> None:
         """Prune every Linear that is to be pruned."""
         for name, sparsity in view.sparsity.items():
-            weight = view.linears[name].weight.detach().float()
+            weight = view.weight(name)
             mask = prune_mask(weight.abs(), sparsity, compare="all")
             view.prune(name, weight, mask, LayerNote(relative_error(weight, weight.masked_fill(mask, 0), None)))

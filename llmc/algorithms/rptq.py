@@ -150,7 +150,7 @@ class RPTQ(Algorithm):
     def _weights(self, view: SubsetView, spec: QuantSpec, names: list[str], labels: Tensor, gram: Gram) -> None:
         """Round the weights on the grids of their rows' clusters, found beforehand on the original weights."""
         spec = replace(spec, granularity=PerCluster(int(labels.max()) + 1))
-        weights = [view.linears[name].weight.detach().float() for name in names]
+        weights = [view.weight(name) for name in names]
         stacked = torch.cat(weights)
         scale, zero = cluster_qparams(*cluster_extremes(stacked, stacked, labels), spec.bits, spec.scale_dtype)
         solution = None

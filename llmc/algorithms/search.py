@@ -54,7 +54,7 @@ def best_in_order(view: SubsetView, scales: Sequence[Tensor], *, shift: Tensor |
 def _linear_loss(view: SubsetView, scale: Tensor, gram: Tensor) -> float:
     total = 0.0
     for name, spec in view.specs.items():
-        weight = view.linears[name].weight.detach().float()
+        weight = view.weight(name)
         delta = _rounded(weight * scale, spec).div_(scale).sub_(weight)
         total += float(((delta @ gram) * delta).sum())
     return total
@@ -105,22 +105,21 @@ def _first_round(view: SubsetView, batches: int) -> int:
 @contextmanager
 def _trial(view: SubsetView, scale: Tensor, shift: Tensor | None) -> Iterator[None]:
     """Within the context the Linears compute what they would after folding and rounding."""
-    weights, biases = {}, {}
     plain = view.act is None and shift is None
-    for name, spec in view.specs.items():
-        linear = view.linears[name]
-        weight = linear.weight.detach().float()
-        rounded = _rounded(weight * scale, spec)
-        weights[name] = rounded.div_(scale) if plain else rounded
-        if shift is not None and linear.bias is not None:
-            biases[name] = linear.bias.detach().float() + weight @ shift
+
+    def changed(name: str) -> tuple[Tensor, Tensor | None]:
+        weight, bias = view.weight(name), view.bias(name)
+        rounded = _rounded(weight * scale, view.specs[name])
+        moved = None if shift is None or bias is None else bias + weight @ shift
+        return (rounded.div_(scale) if plain else rounded), moved
+
     if plain:
-        with view.trial(weights):
+        with view.trial(changed):
             yield
         return
     rounding, plain_input = _Input(view.act, scale, shift), _Input(None, scale, shift)
-    hooks = {name: plain_input if name in view.unrounded else rounding for name in weights}
-    with view.trial(weights, biases):
+    hooks = {name: plain_input if name in view.unrounded else rounding for name in view.specs}
+    with view.trial(changed):
         handles = [view.linears[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
         try:
             yield

@@ -61,7 +61,7 @@ class SmoothQuant(Algorithm):
         if rule is None or not view.fed_by_norm or abs_max.tokens == 0:
             return
         alpha = alpha_of(self.options.alpha, view.subset.linears[0])
-        weights = torch.stack([linear.weight.detach().float().abs().amax(0) for linear in view.linears.values()])
+        weights = torch.stack([view.weight(name).abs().amax(0) for name in view.linears])
         if alpha == "auto":
             scales = [torch.ones_like(abs_max.max), *(smoothing(abs_max.max, weights.amax(0), a) for a in _ALPHAS)]
             scale = scales[best_scale(view, scales, full=False)] if view.specs else scales[0]

@@ -82,12 +82,12 @@ class SparseGPT(Algorithm):
         for names in zip(*(view.sparsity for view in factored), strict=True):
             sparsity = factored[0].sparsity[names[0]]
             weights = [
-                view.linears[name].weight.detach().float().masked_fill(_gram(view).diagonal() == 0, 0)
+                view.weight(name).masked_fill(_gram(view).diagonal() == 0, 0)
                 for view, name in zip(factored, names, strict=True)
             ]
             found = solve_all(weights, factors.upper, sparsity, self.options.blocksize)
             for view, name, damp, (solved, mask) in zip(factored, names, damps, found, strict=True):
-                error = relative_error(view.linears[name].weight.detach().float(), solved, _gram(view))
+                error = relative_error(view.weight(name), solved, _gram(view))
                 view.prune(name, solved, mask, LayerNote(error, damp=damp))
 
 
@@ -99,7 +99,7 @@ def _gram(view: SubsetView) -> Tensor:
 
 def _by_magnitude(view: SubsetView, cause: str) -> None:
     for name, sparsity in view.sparsity.items():
-        weight = view.linears[name].weight.detach().float()
+        weight = view.weight(name)
         mask = prune_mask(weight.abs(), sparsity, compare="all")
         note = LayerNote(
             relative_error(weight, weight.masked_fill(mask, 0), None), fallback=f"{cause}: pruned by magnitude"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ..models import Heads, ScaleRule, Subset, scale_rule
+from ..models.experts import HostMemory
 from ..quant import ActSpec, ClusterGrid, QuantSpec, QWeight, Sparsity
 from .stats import AttentionRanges, Statistics
 
@@ -111,6 +112,7 @@ class SubsetView:
         clusters: results of a method that clusters channels: ``input``, and of attention ``query``, ``key``, ``value``.
         scale: the input scale that was chosen for folding into ``prev``.
         shift: the input shift that was chosen for folding.
+        home: where the weights of experts are while nobody needs them; None: with the tokens.
     """
 
     subset: Subset
@@ -133,11 +135,28 @@ class SubsetView:
     clusters: dict[str, ClusterGrid] = field(default_factory=dict)
     scale: tuple[Tensor, ScaleRule] | None = None
     shift: Tensor | None = None
+    home: HostMemory | None = None
 
     @property
     def columns(self) -> int:
         """Input channels."""
         return next(iter(self.linears.values())).weight.shape[1]
+
+    def weight(self, name: str) -> Tensor:
+        """The weight ``[out, in]`` of a Linear, float32 and where the tokens are. It may be the Linear's own."""
+        return self._here(self.linears[name].weight.detach()).float()
+
+    def bias(self, name: str) -> Tensor | None:
+        """The bias ``[out]`` of a Linear likewise, if it has one."""
+        bias: Tensor | None = self.linears[name].bias
+        return None if bias is None else self._here(bias.detach()).float()
+
+    def release(self) -> None:
+        """Let go of what it was made from and what it delivered, but for what is to be folded."""
+        self.stats, self.calls, self.weights, self.quantized = Statistics(), None, {}, {}
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor if self.home is None else self.home.here(tensor)
 
     def scale_rule(self, *, allow_gqa: bool) -> ScaleRule | None:
         """How ``prev`` could absorb a scale of the shared input; None if it can't."""
@@ -177,18 +196,30 @@ class SubsetView:
         self.notes[name] = replace(note, sparsity=float(mask.sum()) / mask.numel())
 
     @contextmanager
-    def trial(self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Within the context the named Linears hold these weights ``[out, in]`` and biases ``[out]``."""
-        parameters = [(self.linears[name].weight, weight) for name, weight in weights.items()]
-        parameters += [(self.linears[name].bias, bias) for name, bias in (biases or {}).items()]
-        kept = [parameter.data for parameter, _ in parameters]
+    def trial(self, make: Callable[[str], tuple[Tensor, Tensor | None]]) -> Iterator[None]:
+        """Within the context the Linears with a grid hold other weights.
+
+        Args:
+            make: by the name of a Linear, its weight ``[out, in]``, and its bias ``[out]`` if that changes too. It is
+                asked for one after the other: what takes the place of a weight in the host's memory goes there at once.
+        """
+        kept: list[tuple[Tensor, Tensor]] = []
         try:
-            for parameter, tensor in parameters:
-                parameter.data = tensor.to(parameter.dtype)
+            for name in self.specs:
+                linear = self.linears[name]
+                weight, bias = make(name)
+                for parameter, tensor in ((linear.weight, weight), (linear.bias, bias)):
+                    if tensor is not None:
+                        kept.append((parameter, parameter.data))
+                        parameter.data = self._in_place_of(parameter.data, tensor)
             yield
         finally:
-            for (parameter, _), data in zip(parameters, kept, strict=True):
+            for parameter, data in kept:
                 parameter.data = data
+
+    def _in_place_of(self, data: Tensor, tensor: Tensor) -> Tensor:
+        changed = tensor.to(data.dtype)
+        return changed if self.home is None or not self.home.holds(data) else self.home.store(changed)
 
 
 class BlockCalls(Protocol):

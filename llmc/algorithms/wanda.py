@@ -39,7 +39,7 @@ class Wanda(Algorithm):
             raise ValueError("Wanda needs the sum of squares of its inputs")
         norm, reached = view.stats.sum_squares.norm, view.stats.sum_squares.tokens > 0
         for name, sparsity in view.sparsity.items():
-            weight = view.linears[name].weight.detach().float()
+            weight = view.weight(name)
             scored = weight.abs().mul_(norm) if reached else weight.abs()
             mask = prune_mask(scored, sparsity, compare="row")
             error = relative_error(scored, scored.masked_fill(mask, 0), None)

@@ -4,7 +4,7 @@ could read one by one."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,9 +45,22 @@ class HostMemory:
         """A weight where the tokens are."""
         return weight.to(self._device, non_blocking=True)
 
+    def here(self, tensor: Tensor) -> Tensor:
+        """A tensor where the tokens are: fetched, if it is kept."""
+        return self.fetch(tensor) if self.holds(tensor) else tensor
+
     def store(self, weight: Tensor) -> Tensor:
         """The way back."""
         return weight.cpu()
+
+    def has_room_for(self, size: int) -> bool:
+        """Whether ``size`` bytes of weights may all be where the tokens are, with as much again for what is tried in
+        their place. Whoever finds none brings them one by one."""
+        if self._device.type != "cuda":
+            return False
+        free, _ = torch.cuda.mem_get_info(self._device)
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return 3 * size <= free + unused
 
 
 class Port(nn.Module):
@@ -78,12 +91,14 @@ class LinearExperts(nn.Module):
     Attributes:
         all_tokens: whether the ports show all tokens to every expert, whether or not they are routed to it.
         home: where the weights are while nobody needs them; None: with the tokens. They visit one expert at a time.
+        visiting: what those came from that are visiting now, by the address of their storage.
     """
 
     home: HostMemory | None = None
 
     def __init__(self, fused: Any) -> None:
         super().__init__()
+        self.visiting: dict[int, Tensor] = {}
         transposed = _is_transposed(fused)
         count, hidden, both = fused.gate_up_proj.shape if transposed else fused.gate_up_proj.transpose(1, 2).shape
         bias = getattr(fused, "gate_up_proj_bias", None) is not None
@@ -150,9 +165,11 @@ class LinearExperts(nn.Module):
         held = [(one, one.data) for one in self.expert(index).parameters() if home.holds(one.data)]
         for parameter, data in held:
             parameter.data = home.fetch(data)
+            self.visiting[parameter.data.untyped_storage().data_ptr()] = data
         try:
             yield
         finally:
+            self.visiting.clear()
             for parameter, data in held:
                 parameter.data = data
 
@@ -215,6 +232,27 @@ def working_on(block: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]
             if isinstance(experts, LinearExperts):
                 own = set(experts.modules())
                 stack.enter_context(experts.work_on([module for module in wanted if module in own]))
+        yield
+
+
+@contextmanager
+def fetched_again(block: nn.Module) -> Iterator[None]:
+    """Within the context gradients go through experts that visit: their weights aren't kept for the way back, but visit
+    again when it comes."""
+    visitors = [module for module in block.modules() if isinstance(module, LinearExperts) and module.home is not None]
+
+    def pack(tensor: Tensor) -> tuple[Tensor, HostMemory | None, Any]:
+        address = tensor.untyped_storage().data_ptr()
+        for experts in visitors:
+            if address in experts.visiting:
+                return experts.visiting[address], experts.home, (tensor.shape, tensor.stride(), tensor.storage_offset())
+        return tensor, None, None
+
+    def unpack(kept: tuple[Tensor, HostMemory | None, Any]) -> Tensor:
+        tensor, home, view = kept
+        return tensor if home is None else home.fetch(tensor).as_strided(*view)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if visitors else nullcontext():
         yield
 
 

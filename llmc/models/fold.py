@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,7 @@ def scale_rule(subset: Subset, prev: nn.Module, columns: int, heads: Heads, *, a
 
 
 def fold_scale(
-    prev: nn.Module, readers: Sequence[nn.Module], scale: Tensor, rule: ScaleRule, stored: torch.dtype
+    prev: nn.Module, readers: Iterable[nn.Module], scale: Tensor, rule: ScaleRule, stored: torch.dtype
 ) -> None:
     """Divide ``prev``'s output channels by ``scale`` ``[in]`` and multiply the input channels of all ``readers``, which
     are Linears or have a weight ``[.., in]`` like them, by it, in place.
@@ -111,7 +111,7 @@ def fold_scale(
             reader.weight.copy_(reader.weight.to(exact) * scale)  # type: ignore[operator]
 
 
-def fold_shift(prev: nn.Module, linears: list[nn.Linear], shift: Tensor, stored: torch.dtype) -> None:
+def fold_shift(prev: nn.Module, linears: Iterable[nn.Linear], shift: Tensor, stored: torch.dtype) -> None:
     """Subtract ``shift`` ``[in]`` from ``prev``'s output and add ``W shift`` to the Linears' biases, in place.
 
     ``prev``'s bias is rounded to the dtype ``stored`` that it will be stored in, and the Linears make up for what was
@@ -121,14 +121,16 @@ def fold_shift(prev: nn.Module, linears: list[nn.Linear], shift: Tensor, stored:
         TypeError: a bias is missing.
     """
     bias = getattr(prev, "bias", None)
-    if not isinstance(bias, nn.Parameter) or any(linear.bias is None for linear in linears):
-        raise TypeError(f"{type(prev).__name__} and its readers need biases to absorb a shift")
+    if not isinstance(bias, nn.Parameter):
+        raise TypeError(f"{type(prev).__name__} has no bias that could absorb a shift")
     exact = torch.promote_types(bias.dtype, torch.float32)
     with torch.no_grad():
         shifted = (bias.to(exact) - shift.to(exact)).to(stored).to(exact)
         moved = bias.to(exact) - shifted
         bias.copy_(shifted)
         for linear in linears:
+            if linear.bias is None:
+                raise TypeError("a reader has no bias that could make up for a shift")
             linear.bias.copy_(linear.bias.to(exact) + linear.weight.to(exact) @ moved)
 
 

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig
 from ..errors import ModelError
 from ..linalg import OnlineRotation, Rotation
 from .adapter import Heads, ModelAdapter, Residual, Subset
+from .experts import working_on
 
 _CHUNK = 2**22  # elements that are float64 at a time, of an embedding or head
 
@@ -115,25 +116,29 @@ def rotate_block(
             return ()
         return value[name].rows or ((0, len(weight)),)
 
+    def rotate(subset: Subset, name: str, linear: nn.Linear) -> None:
+        weight = linear.weight.double()
+        bias: Tensor | None = linear.bias.double() if isinstance(linear.bias, Tensor) else None
+        if subset.reads == "residual" and subset.prev is not None:
+            weight, bias = norms[subset.prev].fuse(weight, bias)
+            weight = residual(weight)
+        elif subset.reads == "heads":
+            weight = by_head(weight)
+        elif subset.reads == "ffn" and ffn is not None:
+            weight = ffn(weight)
+        if subset.writes == "residual":  # output channels are the rows
+            weight, bias = residual(weight.T).T, None if bias is None else residual(bias)
+        for start, stop in value_rows(name, weight):
+            weight[start:stop] = by_head(weight[start:stop].T).T
+            if bias is not None:
+                bias[start:stop] = by_head(bias[start:stop])
+        _set(linear, weight, bias)
+
     for subset in subsets:
         for name in subset.linears:
             linear = _linear(block, name)
-            weight = linear.weight.double()
-            bias: Tensor | None = linear.bias.double() if isinstance(linear.bias, Tensor) else None
-            if subset.reads == "residual" and subset.prev is not None:
-                weight, bias = norms[subset.prev].fuse(weight, bias)
-                weight = residual(weight)
-            elif subset.reads == "heads":
-                weight = by_head(weight)
-            elif subset.reads == "ffn" and ffn is not None:
-                weight = ffn(weight)
-            if subset.writes == "residual":  # output channels are the rows
-                weight, bias = residual(weight.T).T, None if bias is None else residual(bias)
-            for start, stop in value_rows(name, weight):
-                weight[start:stop] = by_head(weight[start:stop].T).T
-                if bias is not None:
-                    bias[start:stop] = by_head(bias[start:stop])
-            _set(linear, weight, bias)
+            with working_on(block, [linear]):
+                rotate(subset, name, linear)
         for name in subset.also:
             reader = block.get_submodule(name)
             weight = norms[str(subset.prev)].fuse(_weight(reader), None)[0]

@@ -21,6 +21,7 @@ from ..algorithms import (
     new_statistics,
 )
 from ..models import Heads, Subset
+from ..models.experts import HostMemory
 from ..quant import ActSpec, QuantSpec, Scheme, bind_global_scale
 from .parts import Unit, watched_modules
 from .stages import Observed, Stage
@@ -55,6 +56,7 @@ class BlockSubsets:
         heads: attention geometry.
         online: what runs with the model.
         device: where blocks are run.
+        home: where experts' weights are while nobody needs them; None: on the device.
     """
 
     recipe: Recipe
@@ -64,6 +66,7 @@ class BlockSubsets:
     heads: Heads
     online: Online
     device: torch.device
+    home: HostMemory | None = None
 
     def linear(self, name: str) -> nn.Linear:
         """A Linear by its name in the block."""
@@ -135,9 +138,13 @@ class BlockSubsets:
             unrounded=frozenset(name for name in specs if schemes[name].act is None),
             clustered=self.recipe.clustered,
             attention=found.attention,
+            home=self.home,
         )
 
     def _bound(self, spec: QuantSpec, name: str, subset: Subset, specs: Mapping[str, QuantSpec]) -> QuantSpec:
         """Linears that backends run as one share a global scale, as NVFP4's."""
+        if spec.grid == "int":
+            return spec  # there is nothing to share, and nothing to fetch
         weights = [self.linear(other).weight.detach() for other in subset.fused_with(name) if other in specs]
+        weights = [weight if self.home is None else self.home.here(weight) for weight in weights]
         return bind_global_scale(spec, weights)

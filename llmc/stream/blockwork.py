@@ -24,20 +24,22 @@ from ..algorithms import (
     TuneNote,
     treat_unseen,
 )
-from ..models import Heads, Subset, fold_scale, fold_shift
+from ..models import Heads, Subset
 from ..models.experts import LinearExperts, working_on
 from ..quant import InputRange, InputSquares, KvRanges, QWeight, UnitRecord
 from .analysis import BlockAnalysis
 from .block_subsets import BlockSubsets, Findings
 from .clustered import ClusteredBlock
+from .folding import fold
 from .inputs import BlockInputs, Readers
 from .memory import trim_heap, unheaped
-from .parts import solved_units, transformed_units
+from .parts import Unit, solved_units, transformed_units
 from .squares import observe_squares
 from .stages import BlockRun, Observed, propagate, run_replayed, run_staged, run_together
 from .stored import StoredBlock
 from .stored_ranges import input_ranges, stored_cache_scales
 from .training import LearningCalls, repeatable
+from .visits import Visits
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ class BlockWork:
         self.weights = StoredBlock(self.block, self.prefix, self.stored)
         recipe = self.context.recipe
         shared = self.context
-        self._own = BlockSubsets(
-            recipe, self.index, self.block, self.prefix, shared.heads, shared.online, shared.device
-        )
+        self._visits = Visits.of(self.block)
+        shares = (shared.heads, shared.online, shared.device, self._visits.home)
+        self._own = BlockSubsets(recipe, self.index, self.block, self.prefix, *shares)
         self._solved = solved_units(self.subsets)
         for module in self.block.modules():
             if isinstance(module, LinearExperts):
@@ -230,18 +232,23 @@ class BlockWork:
             analysis.look()
 
         def solve(position: int, observed: Sequence[Observed]) -> None:
-            unit = units[position]
+            unit, last = units[position], observed[-1]
+            ranges = (last.pooled or last.statistics).ranges if rounds else None
+            found = None if ranges is None else InputRange(*ranges.range())
+            for group in self._visits.groups(unit, observed):
+                solve_group(unit, group, found)
+            if rounds and last.part + 1 == len(unit.parts):
+                self.inputs.switch_on(unit.subset.key, found)
+            trim_heap()
+
+        def solve_group(unit: Unit, observed: Sequence[Observed], found: InputRange | None) -> None:
             seen = [(one, *self._own.enough(one, unit, step.algorithm)) for one in observed]
             own = [
                 self._own.view(unit.parts[one.part], statistics, one.calls, self._findings)
                 for one, statistics, _ in seen
             ]
-            linears = [linear for view in own for linear in view.linears.values()]
-            last = observed[-1]
-            ranges = (last.pooled or last.statistics).ranges if rounds else None
-            found = None if ranges is None else InputRange(*ranges.range())
             # A search makes many small copies, again and again; others a few large ones, once.
-            with nullcontext() if searching else unheaped(), working_on(self.block, linears):
+            with nullcontext() if searching else unheaped(), self._visits.during(unit, own):
                 if unseen:
                     for view in own:
                         treat_unseen(step.algorithm, view)
@@ -254,12 +261,9 @@ class BlockWork:
                         notes = view.notes.items()
                         view.notes = {name: replace(note, tokens=one.tokens, wanted=wanted) for name, note in notes}
                     self._accept(view)
-            if rounds and last.part + 1 == len(unit.parts):
-                self.inputs.switch_on(unit.subset.key, found)
             for view in own:
-                view.stats, view.calls = Statistics(), None  # the Gram matrices of a block needn't live side by side
+                view.release()  # the Gram matrices of a block needn't live side by side
             views.extend(own)
-            trim_heap()
 
         if run is None or unseen:
             for position, unit in enumerate(units):
@@ -272,8 +276,7 @@ class BlockWork:
                     stack.enter_context(self.clustered.watching())
                 stack.enter_context(run.attention())
                 self._runner(step, searching)(run, stages, solve, keep=keep)
-        for view in views:
-            self._fold(view)
+        self._fold(views)
 
     def _learn(self, step: Step, run: BlockRun | None, original: BlockRun | None) -> None:
         """Let the step learn scales and clips against the original block's outputs, and fold what it found.
@@ -305,8 +308,7 @@ class BlockWork:
         calls = LearningCalls(run, self.inputs, targets)
         with repeatable(self.context.device):
             self.tuning = step.algorithm.tune(BlockView(views, weights, calls, transformed))
-        for view in views:
-            self._fold(view)
+        self._fold(views)
         self._store_plain()
 
     def _runner(self, step: Step, searching: bool) -> Callable[..., None]:
@@ -322,6 +324,7 @@ class BlockWork:
         """
         self.notes |= {name: note.behind(self.notes.get(name)) for name, note in view.notes.items()}
         for name, pruned in view.weights.items():
+            self.pruned[name] = self._visits.kept_mask(view.subset, self.pruned[name])
             linear = self._own.linear(name)
             # What no quantizer follows is stored like this: go on with what is written.
             final = name not in view.specs
@@ -330,7 +333,7 @@ class BlockWork:
         if self.clustered is not None:
             self.clustered.take(view.subset, view.clusters)
         for name, weight in view.quantized.items():
-            self.quantized[name] = weight
+            self.quantized[name] = self._visits.kept(view.subset, weight)
             linear = self._own.linear(name)
             linear.weight.data = weight.dequantize(linear.weight.dtype)
             if name in self.pruned and linear.weight.data[self.pruned[name]].any():
@@ -360,17 +363,11 @@ class BlockWork:
         if self.clustered is not None:
             self.clustered.remove()
 
-    def _fold(self, view: SubsetView) -> None:
-        if view.scale is None or view.prev is None:
-            return
-        scale, rule = view.scale
-        linears, prev = list(view.linears.values()), view.subset.prev
-        readers = [*linears, *map(self.block.get_submodule, view.subset.also)]
-        with working_on(self.block, [view.prev, *readers]):
-            if view.shift is not None:
-                fold_shift(view.prev, linears, view.shift, self.weights.dtype(f"{prev}.bias"))
-            fold_scale(view.prev, readers, scale, rule, self.weights.dtype(f"{prev}.weight"))
-        self.scales[view.subset.key] = [float(scale.min()), float(scale.max())]
+    def _fold(self, views: Sequence[SubsetView]) -> None:
+        for view in views:
+            ends = fold(view, self._visits, self.weights)
+            if ends is not None:
+                self.scales[view.subset.key] = list(ends)
 
     def _store_plain(self) -> None:
         """Round what won't be quantized to its stored dtype, so that the model goes on with what is written."""

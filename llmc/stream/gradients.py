@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.experts import working_on
+from ..models.experts import fetched_again
 from .activations import ActivationStore, Stream
 from .batch import Batch
 from .calls import head_logits
@@ -167,7 +167,7 @@ class Gradients:
         with (
             torch.enable_grad(),
             _frozen(run.block),
-            working_on(run.block, run.block.modules()),
+            fetched_again(run.block),
             _watching(linears) as found,
         ):
             for batch in range(len(run.inputs)):

@@ -1,8 +1,12 @@
-"""Experts that stay in the host's memory are where the tokens are whenever somebody computes with them."""
+"""Experts that stay in the host's memory are where the tokens are whenever somebody computes with them, a few at a
+time."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,33 +14,57 @@ import yaml
 from cases import words, write_tokenizer
 from families import CONFIGS
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 import llmc
 from llmc import prepare
+from llmc.algorithms import options_types
+from llmc.config import load_config
+from llmc.errors import ConfigError
 from llmc.models.experts import HostMemory
+from llmc.room import check_learning
+from llmc.sensing import sensitivity
+from llmc.stream import visits
+
+GROUPS = {"granularity": "per_group", "group_size": 32}
+INT4 = {"bit": 4, "symmetric": False, **GROUPS}
+INT8 = {"bit": 8, "symmetric": True, "granularity": "per_token"}
 
 
 class Cipher(HostMemory):
-    """Stands for another device: what is stored can't be computed with until it's fetched."""
+    """Stands for another device: what is stored can't be computed with until it's fetched. Knows how many bytes were
+    fetched at a time."""
+
+    room = False
 
     def __init__(self, device: torch.device) -> None:
-        self.stored: set[int] = set()
+        self.stored: dict[int, Tensor] = {}  # their addresses stay their own
+        self._fetched: list[tuple[StorageWeakRef, int]] = []
+        self.peak = self.fetches = 0
+        _EVERY.append(self)
 
     def holds(self, weight: Tensor) -> bool:
         return weight.data_ptr() in self.stored
 
     def fetch(self, weight: Tensor) -> Tensor:
-        return _flipped(weight)
+        fetched = _flipped(weight)
+        self.fetches += 1
+        self._fetched = [pair for pair in self._fetched if not pair[0].expired()]
+        self._fetched.append((StorageWeakRef(fetched.untyped_storage()), fetched.nbytes))
+        self.peak = max(self.peak, sum(size for _, size in self._fetched))
+        return fetched
 
     def store(self, weight: Tensor) -> Tensor:
         kept = _flipped(weight)
-        self.stored.add(kept.data_ptr())
-        _ALIVE.append(kept)  # its address stays its own
+        self.stored[kept.data_ptr()] = kept
         return kept
 
+    def has_room_for(self, size: int) -> bool:
+        return self.room
 
-_ALIVE: list[Tensor] = []
+
+_EVERY: list[Cipher] = []
 
 
 def _flipped(weight: Tensor) -> Tensor:
@@ -58,29 +86,99 @@ def source(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["RTN", "GPTQ", "Awq", ["SmoothQuant", "GPTQ"], "OmniQuant"], ids=str)
-def test_the_results_are_the_same(method, source, tmp_path, monkeypatch):
-    special = {"special": {"epochs": 1, "let": True}} if method == "OmniQuant" else {}
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Experts stay in the host's memory from here on, and are worked on one by one."""
+    _EVERY.clear()
+    monkeypatch.setattr(visits, "_TOGETHER", 1)
+    monkeypatch.setattr(prepare, "experts_on_host", lambda *_: True)
+    monkeypatch.setattr(prepare, "HostMemory", Cipher)
+
+
+def settings(source: Path, target: Path, **quant: Any) -> dict[str, Any]:
     content = yaml.safe_load(
         f"""
         model: {{path: '{source}', torch_dtype: float32}}
         calib: {{name: custom_txt, path: '{source}/calib.txt', n_samples: 4, seq_len: 24, preproc: random_truncate_txt}}
         eval: {{eval_pos: [fake_quant], name: custom_ppl, path: '{source}/eval.txt', seq_len: 24}}
-        quant: {{weight: {{bit: 4, symmetric: false, granularity: per_group, group_size: 32}}}}
-        save: {{save_vllm: true}}
+        save: {{save_fake: true, save_path: '{target}'}}
         """
     )
-    content["quant"] |= {"method": method, **special}
-    results, before = [], len(_ALIVE)
-    for name in ("here", "elsewhere"):
-        if name == "elsewhere":
-            monkeypatch.setattr(prepare, "experts_on_host", lambda *_: True)
-            monkeypatch.setattr(prepare, "HostMemory", Cipher)
-        content["save"]["save_path"] = str(tmp_path / name)
-        results.append(llmc.compress(json.loads(json.dumps(content))))
-    assert len(_ALIVE) > before
-    assert results[0].perplexities[0].value == results[1].perplexities[0].value
-    here, elsewhere = (
-        sorted((tmp_path / name / "vllm_quant_model").glob("*.safetensors")) for name in ("here", "elsewhere")
-    )
-    assert [file.read_bytes() for file in here] == [file.read_bytes() for file in elsewhere]
+    pruner = quant.pop("sparse", None)
+    if pruner is not None:
+        content["sparse"] = {"method": pruner, "weight": {"sparsity": 0.5}}
+    return json.loads(json.dumps(content | {"quant": {"weight": INT4, **quant}}))
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "RTN NVFP4": {"method": "RTN", "weight": {"bit": "nvfp4"}},
+    "Awq v1": {"method": "Awq", "special": {"trans_version": "v1"}},
+    "Awq+GPTQ W4A8": {"method": ["Awq", "GPTQ"], "act": INT8},
+    "SmoothQuant": {"method": "SmoothQuant", "act": INT8, "special": {"alpha": "auto"}},
+    "OsPlus": {"method": "OsPlus", "act": INT8},
+    "Quarot": {"method": "Quarot"},
+    "Wanda+GPTQ": {"method": "GPTQ", "sparse": "Wanda"},
+    "SparseGPT+RTN": {"method": "RTN", "sparse": "SparseGPT"},
+}
+
+
+def expert_bytes(source: Path) -> int:
+    """Of one expert's weights in float32."""
+    config = CONFIGS["qwen2-moe"]
+    return 4 * 3 * config.hidden_size * config.moe_intermediate_size
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_results_are_the_same_with_one_expert_at_a_time(recipe, source, tmp_path, request):
+    here = llmc.compress(settings(source, tmp_path / "here", **RECIPES[recipe]))
+    request.getfixturevalue("elsewhere")
+    there = llmc.compress(settings(source, tmp_path / "there", **RECIPES[recipe]))
+    assert here.perplexities[0].value == there.perplexities[0].value
+    files = [sorted((tmp_path / name).glob("*/*.safetensors")) for name in ("here", "there")]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]] != []
+    (memory,) = _EVERY
+    assert 0 < memory.peak <= expert_bytes(source)
+
+
+def test_a_search_brings_all_experts_where_there_is_room(source, tmp_path, monkeypatch, elsewhere):
+    """They change their place once for a search, not once for each candidate."""
+    results = []
+    for room in (False, True):
+        monkeypatch.setattr(Cipher, "room", room)
+        results.append(llmc.compress(settings(source, tmp_path / str(room), method="Awq")).perplexities[0].value)
+    assert results[0] == results[1]
+    few, many = _EVERY
+    assert few.peak == expert_bytes(source) < many.peak and many.fetches < few.fetches / 2
+
+
+def test_a_method_that_learns_has_the_whole_block(source, tmp_path, request):
+    learning = {"method": "OmniQuant", "special": {"epochs": 1, "let": True}}
+    here = llmc.compress(settings(source, tmp_path / "here", **learning))
+    request.getfixturevalue("elsewhere")
+    there = llmc.compress(settings(source, tmp_path / "there", **learning))
+    assert here.perplexities[0].value == there.perplexities[0].value
+    assert _EVERY[0].peak == CONFIGS["qwen2-moe"].num_experts * expert_bytes(source)
+
+
+def test_gradients_go_through_experts_that_visit(source, tmp_path, request):
+    content = settings(source, tmp_path / "here", method="RTN")
+    here, _ = sensitivity(load_config(content, (), options_types()), print)
+    request.getfixturevalue("elsewhere")
+    there, _ = sensitivity(load_config(content, (), options_types()), print)
+    assert [layer.importance for layer in here.layers] == [layer.importance for layer in there.layers]
+    assert here == there
+    assert 0 < _EVERY[0].peak <= expert_bytes(source)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(10**12, True), (10**3, False)])
+def test_learning_a_block_that_does_not_fit_is_refused(source, tmp_path, monkeypatch, free, fits):
+    prepared = prepare.prepare(load_config(settings(source, tmp_path / "out", method="OmniQuant"), (), options_types()))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    ask = partial(check_learning, prepared.recipe, prepared.skeleton, prepared.entries, torch.device("cuda"))
+    if fits:
+        ask()
+        return
+    with pytest.raises(
+        ConfigError, match=r"quant\.method: OmniQuant learns a block as a whole.* GB of the device are free"
+    ):
+        ask()
