@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +13,11 @@ from transformers import set_seed
 
 from .algorithms import Frame, Online, Recipe
 from .analyzing import Sample, analysis_sample, check_surfaces
-from .architecture import adapter_of, check_linears
+from .architecture import check_linears
 from .config import Config, LoadedConfig
 from .encoders import EncoderPlan, check_shown, plan_encoder, wants_images, with_encoder
 from .errors import ConfigError, ExportError
-from .export import Exporter, Layer, Source, read_config
+from .export import Exporter, Layer, Source
 from .jobs import Jobs, prepare_jobs
 from .measuring import Measuring
 from .models import (
@@ -24,24 +25,19 @@ from .models import (
     ModelAdapter,
     Subset,
     check_reorderable,
-    refuse_foreign_layout,
     residual_of,
 )
-from .models.experts import HostMemory
 from .models.layouts import StoredLayout, layout_of
-from .models.locate import locate_checkpoint
+from .opening import Model, open_model
 from .plan import Estimate, make_estimate, make_layers, outside_layers, stored_dtype
-from .room import check_learning, experts_on_host
+from .room import check_learning
 from .samples import Evaluation, calibration, check_images, check_tokens, evaluations_of, image_warnings, load_tokenizer
 from .stream.attention import check_attention
 from .stream.batch import Batch
-from .stream.decoders import open_checkpoint
 from .stream.decoding import Checkpoint, DenseEntry
 from .stream.skeleton import Skeleton
-from .stream.skeleton import load_config as load_model_config
 from .translate import (
     check_layers,
-    make_compute_dtype,
     make_device,
     make_exporters,
     make_recipe_of,
@@ -99,6 +95,36 @@ class Prepared:
 _TEXTS = frozenset({"calib", "eval"})
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """Tokens, where they are wanted.
+
+    Attributes:
+        tokenizer: None where no text is.
+        calib: of the calibration set.
+        evaluations: those that measure on a text.
+    """
+
+    tokenizer: Any = None
+    calib: list[Batch] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+
+def _read_texts(config: Config, model: Model, texts: frozenset[str], *, calibrated: bool) -> _Texts:
+    if not texts:
+        return _Texts()
+    fast, trust = config.model.tokenizer_mode == "fast", config.model.trust_remote_code
+    tokenizer = load_tokenizer(model.folder, fast=fast, trust_remote_code=trust)
+    wanted = calibrated and "calib" in texts
+    found = _Texts(
+        tokenizer,
+        calibration(config, model.folder, tokenizer, model.skeleton) if wanted else [],
+        evaluations_of(config, tokenizer) if "eval" in texts else [],
+    )
+    check_tokens(model.folder, _vocabulary(model.skeleton), found.calib, found.evaluations)
+    return found
+
+
 def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared:
     """Check the configuration against the checkpoint, the text and the backends. Reads headers and text, no weight.
 
@@ -115,33 +141,13 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
     if config.base.threads:
         torch.set_num_threads(config.base.threads)
     set_seed(config.base.seed)
-    trust = config.model.trust_remote_code
-    folder = locate_checkpoint(config.model.path, trust_remote_code=trust)
-    refuse_foreign_layout(_declared_type(folder))
-    model_config = load_model_config(folder, trust_remote_code=trust)
-    adapter, warnings = adapter_of(config.model, model_config, folder)
-    checkpoint = open_checkpoint(folder)
-    entries = checkpoint.entries
-    names = [name for name, entry in entries.items() if entry.dtype.is_floating_point and len(entry.shape) == 2]
-    stored = entries[names[0]].dtype if names else torch.bfloat16
-    compute = make_compute_dtype(config.model.torch_dtype, stored, device)
-    skeleton = Skeleton(
-        model_config,
-        entries,
-        blocks=adapter.blocks,
-        head=adapter.head,
-        dtype=compute,
-        device=device,
-        trust_remote_code=trust,
-        images=adapter.images,
-    )
-    if experts_on_host(config, skeleton, entries, device):
-        skeleton.keep_experts(HostMemory(device))
-    subsets = adapter.block_subsets(model_config.get_text_config(), skeleton.blocks)
+    model = open_model(config, device)
+    adapter, skeleton, entries, warnings = model.adapter, model.skeleton, model.checkpoint.entries, model.warnings
+    subsets = adapter.block_subsets(model.config.get_text_config(), skeleton.blocks)
     check_linears(skeleton.blocks, subsets)
-    heads = adapter.heads(model_config.get_text_config())
-    encoder, language = plan_encoder(config, adapter, skeleton, entries, stored)
-    recipe = make_recipe_of(language, stored, make_kv(config, heads))
+    heads = adapter.heads(model.config.get_text_config())
+    encoder, language = plan_encoder(config, adapter, skeleton, entries, model.stored)
+    recipe = make_recipe_of(language, model.stored, make_kv(config, heads))
     check_learning(recipe, skeleton, entries, device)
     _check_recipe(config, recipe, skeleton, subsets)
     check_images(config, recipe, adapter)
@@ -151,62 +157,54 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
     layers = make_layers(skeleton, entries, heads, subsets, recipe, online)
     layers += outside_layers(skeleton, entries, encoder.layers if encoder else ())
     stored = stored_dtype(entries, layers)
-    exporters = make_exporters(config, recipe, layers, stored, compute, layout_of(model_config.model_type))
-    warnings += check_exporters(recipe, online, exporters, layers, source_of(folder, skeleton))
+    exporters = make_exporters(config, recipe, layers, stored, skeleton.model.dtype, layout_of(model.config.model_type))
+    warnings += check_exporters(recipe, online, exporters, layers, source_of(model.folder, skeleton))
     if encoder is not None:
         _check_groups(encoder.recipe, exporters)
     warnings += image_warnings(config, recipe)
     if frame is not None:
         warnings += [warning for algorithm in recipe.at_load for warning in algorithm.warnings(frame)]
-    calib: list[Batch] = []
-    evaluations: list[Evaluation] = []
-    if texts:
-        tokenizer = load_tokenizer(folder, fast=config.model.tokenizer_mode == "fast", trust_remote_code=trust)
-        if "calib" in texts and (recipe.needs_data or wants_images(encoder, config)):
-            calib = calibration(config, folder, tokenizer, skeleton)
-        if "eval" in texts:
-            evaluations = evaluations_of(config, tokenizer)
-        check_tokens(folder, _vocabulary(skeleton), calib, evaluations)
-    sample = analysis_sample(config.report, recipe, calib, evaluations)
+    read = _read_texts(config, model, texts, calibrated=recipe.needs_data or wants_images(encoder, config))
+    sample = analysis_sample(config.report, recipe, read.calib, read.evaluations)
     estimate = make_estimate(
         skeleton,
-        checkpoint,
+        model.checkpoint,
         layers,
         exporters,
-        calib_tokens=sum(batch.tokens.numel() for batch in calib),
-        eval_tokens=Measuring(evaluations, recipe.kv).stream_tokens + 2 * sample.tokens,
+        calib_tokens=sum(batch.tokens.numel() for batch in read.calib),
+        eval_tokens=Measuring(read.evaluations, recipe.kv).stream_tokens + 2 * sample.tokens,
         streams=(recipe.original_stream + recipe.compressed_stream, 1),
         on_device=device.type == "cuda",
         changed_at_load=bool(recipe.at_load),
         surveyed=recipe.drop_blocks > 0,
     )
     if encoder is not None:
-        check_shown(encoder, calib, with_texts="calib" in texts)
-        estimate = with_encoder(estimate, encoder, calib, checkpoint, on_device=device.type == "cuda")
+        check_shown(encoder, read.calib, with_texts="calib" in texts)
+        estimate = with_encoder(estimate, encoder, read.calib, model.checkpoint, on_device=device.type == "cuda")
     prepared = Prepared(
-        loaded,
-        folder,
-        checkpoint,
-        skeleton,
-        recipe,
-        layers,
-        exporters,
-        calib,
-        evaluations,
-        device,
-        stored,
-        adapter,
-        subsets,
-        heads,
-        warnings,
-        estimate,
-        frame,
-        sample,
-        encoder,
+        loaded=loaded,
+        folder=model.folder,
+        checkpoint=model.checkpoint,
+        skeleton=skeleton,
+        recipe=recipe,
+        layers=layers,
+        exporters=exporters,
+        calib=read.calib,
+        evaluations=read.evaluations,
+        device=device,
+        stored=stored,
+        adapter=adapter,
+        subsets=subsets,
+        heads=heads,
+        warnings=warnings,
+        estimate=estimate,
+        frame=frame,
+        sample=sample,
+        encoder=encoder,
     )
-    if "eval" not in texts:
+    if "eval" not in texts or read.tokenizer is None:
         return prepared
-    jobs = prepare_jobs(prepared, tokenizer)
+    jobs = prepare_jobs(prepared, read.tokenizer)
     return replace(prepared, jobs=jobs, warnings=warnings + jobs.warnings)
 
 
@@ -215,16 +213,6 @@ def _vocabulary(skeleton: Skeleton) -> int:
     if skeleton.images is None:
         return int(skeleton.model.config.get_text_config().vocab_size)
     return len(skeleton.model.get_input_embeddings().weight)
-
-
-def _declared_type(folder: Path) -> str:
-    """What ``config.json`` says, before Transformers reads it and wants a layout's own code; "" if it is damaged,
-    of which more is said when it's read."""
-    try:
-        content = read_config(folder)
-    except (ValueError, OSError):
-        return ""
-    return str(content.get("model_type")) if isinstance(content, dict) else ""
 
 
 def _frame(

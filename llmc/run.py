@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -108,18 +108,9 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
     with ExitStack() as stack:
         # Without a folder to resume from, a run's state is worth nothing after it.
         kept = save_path is not None and prepared.changes
-        root = (
-            Path(save_path).expanduser()
-            if kept and save_path
-            else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        )
+        root = Path(save_path).expanduser() if kept and save_path else stack.enter_context(_temporary())
         workspace = Workspace(root, prepared.config.save.on_existing if kept else None, _fingerprint(prepared))
-        needed = prepared.estimate.disk - workspace.taken()
-        if needed > (free := free_disk(root)):
-            raise RunError(
-                f"not enough disk for {root}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free",
-                "free some, name another save.save_path, or save fewer formats",
-            )
+        _check_disk(prepared, workspace)
         journal = workspace.open()
         checkpoint = prepared.checkpoint
         source = BlockSource(checkpoint.units(prepared.skeleton.units), checkpoint.decode)
@@ -169,15 +160,7 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
         metrics = make_metrics(
             config=prepared.loaded.resolved,
             versions=versions(),
-            model={
-                "path": str(prepared.folder),
-                "adapter": prepared.adapter.name,
-                "blocks": len(prepared.skeleton.blocks),
-                "bytes": original_bytes(checkpoint),
-                "input": checkpoint.says or None,
-                "computing_dtype": str(prepared.skeleton.model.dtype).removeprefix("torch."),
-                "device": str(prepared.device),
-            },
+            model=_described(prepared),
             scheme=None if prepared.recipe.spec is None else prepared.recipe.spec.to_dict(),
             sparsity=None if prepared.recipe.sparsity is None else asdict(prepared.recipe.sparsity),
             activations=None if act is None else act.to_dict(),
@@ -199,6 +182,36 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
             workspace.finish(metrics)
         result = _with_answers(prepared, Result(root if kept else None, outputs, evaluations, metrics), listener)
         return _with_report(prepared, result)
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _check_disk(prepared: Prepared, workspace: Workspace) -> None:
+    """Refuse what won't fit on the disk, less what an interrupted run has already written."""
+    needed, free = prepared.estimate.disk - workspace.taken(), free_disk(workspace.path)
+    if needed > free:
+        raise RunError(
+            f"not enough disk for {workspace.path}: about {needed / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free",
+            "free some, name another save.save_path, or save fewer formats",
+        )
+
+
+def _described(prepared: Prepared) -> dict[str, Any]:
+    """The model, for the metrics."""
+    return {
+        "path": str(prepared.folder),
+        "adapter": prepared.adapter.name,
+        "blocks": len(prepared.skeleton.blocks),
+        "bytes": original_bytes(prepared.checkpoint),
+        "input": prepared.checkpoint.says or None,
+        "computing_dtype": str(prepared.skeleton.model.dtype).removeprefix("torch."),
+        "device": str(prepared.device),
+    }
 
 
 class _Phases(Silent):

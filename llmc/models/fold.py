@@ -122,7 +122,7 @@ def fold_shift(prev: nn.Module, linears: Iterable[nn.Linear], shift: Tensor, sto
     """
     bias = getattr(prev, "bias", None)
     if not isinstance(bias, nn.Parameter):
-        raise TypeError(f"{type(prev).__name__} has no bias that could absorb a shift")
+        raise TypeError(f"a shift needs biases, and a {type(prev).__name__} in front of it has none")
     exact = torch.promote_types(bias.dtype, torch.float32)
     with torch.no_grad():
         shifted = (bias.to(exact) - shift.to(exact)).to(stored).to(exact)
@@ -130,7 +130,7 @@ def fold_shift(prev: nn.Module, linears: Iterable[nn.Linear], shift: Tensor, sto
         bias.copy_(shifted)
         for linear in linears:
             if linear.bias is None:
-                raise TypeError("a reader has no bias that could make up for a shift")
+                raise TypeError("a shift needs biases, and a Linear that reads it has none")
             linear.bias.copy_(linear.bias.to(exact) + linear.weight.to(exact) @ moved)
 
 

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 import llmc
-from llmc import prepare
+from llmc import opening, prepare
 from llmc.algorithms import options_types
 from llmc.config import load_config
 from llmc.errors import ConfigError
@@ -91,8 +91,8 @@ def elsewhere(monkeypatch):
     """Experts stay in the host's memory from here on, and are worked on one by one."""
     _EVERY.clear()
     monkeypatch.setattr(visits, "_TOGETHER", 1)
-    monkeypatch.setattr(prepare, "experts_on_host", lambda *_: True)
-    monkeypatch.setattr(prepare, "HostMemory", Cipher)
+    monkeypatch.setattr(opening, "experts_on_host", lambda *_: True)
+    monkeypatch.setattr(opening, "HostMemory", Cipher)
 
 
 def settings(source: Path, target: Path, **quant: Any) -> dict[str, Any]:
