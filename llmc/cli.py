@@ -245,15 +245,12 @@ def _eval(given: Any) -> int:
     from .config import load_config
     from .reevaluating import reevaluate
     from .report.console import Console
-    from .report.page import refresh_report
 
     loaded = load_config(given.config, given.overrides, options_types())
     console = Console()
     console.warn(loaded.warnings)
     with console.progress() as listener:
         done = reevaluate(loaded, given.run, write=not given.no_write, listener=listener)
-    if done.written is not None:
-        refresh_report(done.written.parent)
     console.warn(done.warnings)
     console.evaluated(done)
     return 0
@@ -262,10 +259,8 @@ def _eval(given: Any) -> int:
 def _export(given: Any) -> int:
     from .exporting import export
     from .report.console import Console
-    from .report.page import refresh_report
 
     done = export(given.run, given.targets, given.model)
-    refresh_report(given.run)
     console = Console()
     console.warn(done.warnings)
     console.exported(done)

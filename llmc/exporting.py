@@ -19,6 +19,7 @@ from .models import BlockSelection
 from .models.mixture import in_solving_order
 from .prepare import Prepared, check_exporters, source_of
 from .quant import InputRange, KvRanges, QuantSpec, QWeight, Scheme, UnitRecord, cache_scales
+from .report.page import refresh_report
 from .run import stored_config, stored_source
 from .stream.files import sync_folder, write_json
 from .stream.skeleton import EMBED, HEAD, block_unit
@@ -35,7 +36,7 @@ class Exported:
         outputs: for each format its folder, size and the command that serves it.
         source: the folder that the codes were read from.
         original_bytes: size of the original model's tensors.
-        warnings: what holds only under a condition.
+        warnings: what holds only under a condition, and why the run's report wasn't written again.
     """
 
     outputs: dict[str, dict[str, Any]]
@@ -48,7 +49,7 @@ def export(run: Path, targets: Sequence[str], model: str | None = None) -> Expor
     """Write further formats into the folder of a finished run, one shard in memory at a time.
 
     The files are those that the run would have written itself. A folder is complete when it has a ``config.json``,
-    which comes last; one that isn't is begun anew.
+    which comes last; one that isn't is begun anew. The run's report, where it has one, is written again.
 
     Args:
         run: the ``save_path`` of the run.
@@ -89,6 +90,7 @@ def export(run: Path, targets: Sequence[str], model: str | None = None) -> Expor
             shutil.rmtree(sink.folder)
         outputs[job.exporter.name] = metrics["outputs"][job.exporter.name] = output
     write_json(run / METRICS, metrics)
+    warnings += refresh_report(run)
     return Exported(outputs, finished.source.folder, metrics["model"]["bytes"], warnings)
 
 

@@ -16,6 +16,7 @@ from .finished import open_finished, prepare_again, read_metrics
 from .measuring import Measuring
 from .prepare import Prepared, prepare
 from .report.metrics import with_evaluations
+from .report.page import refresh_report
 from .stream.files import write_json
 from .stream.memory import give_back_memory, peak_host_memory, share_heap
 from .stream.options import Listener
@@ -36,7 +37,7 @@ class Reevaluated:
         written: the file that holds them now; None if none does.
         seconds: wall time.
         peak_host: largest resident size of this process, bytes.
-        warnings: what of the configuration had no effect.
+        warnings: what of the configuration had no effect, and why the run's report wasn't written again.
     """
 
     evaluations: list[Evaluated]
@@ -73,7 +74,8 @@ def reevaluate(loaded: LoadedConfig, run: Path | None, *, write: bool, listener:
             has no effect: the run's own configuration counts.
         run: ``save_path`` of a finished run. None: that of the configuration; and where that compresses nothing, the
             model as it came.
-        write: put the numbers into the run's ``metrics.json``, in the place of earlier ones of the same thing.
+        write: put the numbers into the run's ``metrics.json``, in the place of earlier ones of the same thing, and
+            write its report again, where it has one.
         listener: hears of progress.
 
     Raises:
@@ -95,7 +97,8 @@ def reevaluate(loaded: LoadedConfig, run: Path | None, *, write: bool, listener:
     _write(written, opened.metrics, results)  # whatever becomes of a server that is asked next
     answers = run_jobs(opened.prepared, opened.folder, passing)
     _write(written, opened.metrics, [*results, *answers])
-    return Reevaluated(results, answers, written, time.perf_counter() - started, peak_host_memory(), opened.warnings)
+    warnings = [*opened.warnings, *([] if written is None else refresh_report(written.parent))]
+    return Reevaluated(results, answers, written, time.perf_counter() - started, peak_host_memory(), warnings)
 
 
 def _write(file: Path | None, metrics: Mapping[str, Any], found: Sequence[Evaluated | Answered]) -> None:

@@ -166,14 +166,70 @@ def test_the_command_writes_a_page_and_plots(made, tmp_path, capsys):
     assert b"<svg" in drawn and b"<dc:date>" not in drawn
 
 
-def test_exporting_again_renews_the_report(copied):
-    folder = copied("plain")
-    write_report(folder)
+def without_fake(folder: Path) -> None:
+    """A run that didn't write what it computed with."""
     metrics = json.loads((folder / "metrics.json").read_text())
     del metrics["outputs"]["save_fake"]
     change(folder, outputs=metrics["outputs"])
     shutil.rmtree(folder / "fake_quant_model")
+
+
+def test_exporting_again_renews_the_report(copied):
+    folder = copied("plain")
+    without_fake(folder)
     write_report(folder)
     assert "save_fake</code>" not in (folder / "report.html").read_text()
     assert main(["export", "--from", str(folder), "--to", "fake"]) == 0
     assert "save_fake</code>" in (folder / "report.html").read_text()
+
+
+def config_of(folder: Path, **sections) -> str:
+    """A file with the configuration of a run, some sections in the place of its own."""
+    config = json.loads((folder / "metrics.json").read_text())["config"] | sections
+    file = folder.parent / "again.yml"
+    file.write_text(json.dumps(config))  # which is YAML
+    return str(file)
+
+
+def test_evaluating_again_renews_the_report(copied):
+    folder = copied("plain")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    change(folder, evaluation=[])
+    write_report(folder)
+    assert "Perplexity" not in (folder / "report.html").read_text()
+    file = config_of(folder)
+    assert main(["eval", "--config", file, "--from", str(folder), "--no-write"]) == 0
+    assert "Perplexity" not in (folder / "report.html").read_text()
+    assert main(["eval", "--config", file, "--from", str(folder)]) == 0
+    assert "Perplexity" in (folder / "report.html").read_text()
+    assert json.loads((folder / "metrics.json").read_text())["evaluation"] == metrics["evaluation"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda report: change(report.parent, experts=None), "isn't what this version of llmc writes"),
+        (lambda report: (report.unlink(), report.mkdir()), "Is a directory"),
+    ],
+)
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_a_report_that_can_not_be_renewed_is_a_warning(copied, capsys, command, spoil, said):
+    folder = copied("plain")
+    without_fake(folder)
+    change(folder, evaluation=[])
+    spoil(folder / "report.html")
+    asked = {"eval": ["--config", config_of(folder)], "export": ["--to", "fake"]}[command]
+    assert main([command, "--from", str(folder), *asked]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "report.html wasn't written" in told and said in told
+    metrics = json.loads((folder / "metrics.json").read_text())
+    done = bool(metrics["evaluation"]), "save_fake" in metrics["outputs"]
+    assert done == (command == "eval", command == "export")
+
+
+def test_a_run_without_a_report_gets_none(copied):
+    folder = copied("plain")
+    without_fake(folder)
+    (folder / "report.html").unlink()
+    assert main(["export", "--from", str(folder), "--to", "fake"]) == 0
+    assert not (folder / "report.html").exists()

@@ -74,10 +74,13 @@ def finish_report(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
         return None, (f"report.html wasn't written: {problem}; python -m llmc report {folder} tries again",)
 
 
-def refresh_report(folder: Path) -> None:
-    """Write a run's report again, if it has one."""
-    if (folder / REPORT).is_file():
-        write_report(folder)
+def refresh_report(folder: Path) -> tuple[str, ...]:
+    """Write a run's report again, if it has one; whatever goes wrong here must not make what changed the run fail.
+
+    Returns:
+        What went wrong.
+    """
+    return finish_report(folder)[1] if (folder / REPORT).exists() else ()
 
 
 def _write(target: Path, page: str) -> Path:
