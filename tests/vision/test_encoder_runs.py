@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import killed_after
 from runs import logits, make_tokenizer, settings, with_images, write_samples
 from test_encoder_blocks import watched
-from test_vision_runs import FAKE, VLLM, digests, dying_after, mixed_samples, reload, source, tensors, text
+from test_vision_runs import FAKE, VLLM, digests, mixed_samples, reload, source, tensors, text
 from tiny_vision import CONFIGS, image_sample
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
@@ -30,7 +28,6 @@ from llmc.plan import bits_per_weight
 from llmc.prepare import prepare
 from llmc.stream.batch import Batch
 from llmc.stream.entrance import Entrance
-from llmc.stream.journal import Journal
 
 __all__ = ["source", "text"]  # fixtures
 
@@ -275,23 +272,14 @@ def test_transformers_runs_both_schemes_as_they_are_stored(source, text, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["mllama"])
-def test_killed_and_resumed_the_encoder_has_the_same_bytes(source, text, tmp_path, monkeypatch, shown, name):
+def test_killed_and_resumed_the_encoder_has_the_same_bytes(source, text, tmp_path, shown, name):
     shown(name)
     vision = {"method": ["Awq", "GPTQ"], "weight": W4}
     once = {"base": {"checkpoint_every": 1}, "save": {"save_fake": False}}
     calm, killed = (both(source(name), text, tmp_path / part, vision, "GPTQ", **once) for part in ("calm", "killed"))
     llmc.compress(calm)
     for rows in (1, 1, 2, 2):  # behind the first block, its activations, into the second list, into the language blocks
-        pid = os.fork()
-        if pid == 0:
-            monkeypatch.setattr(Journal, "append", dying_after(rows))
-            try:
-                llmc.compress(killed)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        assert killed_after(rows, killed)
     llmc.compress(killed)
     assert digests(tmp_path / "calm") == digests(tmp_path / "killed") != {}
     assert not (tmp_path / "killed" / ".llmc").exists()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import killed_after
 from runs import logits, make_tokenizer, settings, with_images, words, write_processor, write_samples
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,7 +26,6 @@ from llmc.errors import ConfigError, DataError, ExportError, ModelError
 from llmc.prepare import prepare
 from llmc.run import _fingerprint
 from llmc.stream.batch import Batch
-from llmc.stream.journal import Journal
 
 VLLM, FAKE = "vllm_quant_model", "fake_quant_model"
 EVAL = {"name": "text", "seq_len": 16, "num_chunks": 2, "bs": 1, "eval_pos": ["pretrain", "fake_quant"]}
@@ -161,18 +157,6 @@ def test_statistics_are_those_of_the_whole_model_on_images_and_text(vision, sour
             assert row["scales"][subset.key] == pytest.approx(expected, rel=1e-4), (index, subset.key)
 
 
-def dying_after(rows: int) -> Callable[[Journal, dict[str, Any]], None]:
-    """``Journal.append`` that writes so many rows."""
-    append, left = Journal.append, iter(range(rows))
-
-    def write_or_die(journal: Journal, row: dict[str, Any]) -> None:
-        if next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        append(journal, row)
-
-    return write_or_die
-
-
 @pytest.mark.parametrize("name", ["qwen3_vl"])
 def test_killed_and_resumed_it_writes_the_same_bytes(source, text, tmp_path, monkeypatch, name):
     monkeypatch.setattr("llmc.prepare.calibration", lambda *_: mixed_samples(name))
@@ -180,16 +164,7 @@ def test_killed_and_resumed_it_writes_the_same_bytes(source, text, tmp_path, mon
     calm, killed = (settings(source(name), text, tmp_path / part, "GPTQ", **once) for part in ("calm", "killed"))
     llmc.compress(calm)
     for rows in (1, 2, 2):  # behind the embedding, behind a block and its activations
-        pid = os.fork()
-        if pid == 0:
-            monkeypatch.setattr(Journal, "append", dying_after(rows))
-            try:
-                llmc.compress(killed)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+        assert killed_after(rows, killed)
     llmc.compress(killed)
     assert digests(tmp_path / "calm") == digests(tmp_path / "killed") != {}
 
