@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,3 +59,11 @@ def tokens() -> Callable[..., Tensor]:
         return torch.randint(VOCAB, (batch, count), generator=torch.Generator().manual_seed(seed))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def little_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with enough lines for a dry run."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("All in the golden afternoon full leisurely we glide.\n" * 20)
+    return file

@@ -25,19 +25,12 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("All in the golden afternoon full leisurely we glide.\n" * 20)
-    return file
-
-
 def test_there_are_files():
     assert len(FILES) > 20
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONFIGS)))
-def test_a_config_parses_without_a_warning_and_its_dry_run_works(file, model, text, tmp_path, monkeypatch):
+def test_a_config_parses_without_a_warning_and_its_dry_run_works(file, model, little_text, tmp_path, monkeypatch):
     # llama.cpp has no pre-tokenizer for a tokenizer of bytes alone.
     monkeypatch.setattr("llmc.export.gguf_tokenizer._pre_tokenizer", lambda file, tokenizer: "default")
     assert load_config(file, methods=options_types()).warnings == ()
@@ -46,7 +39,7 @@ def test_a_config_parses_without_a_warning_and_its_dry_run_works(file, model, te
     listed = isinstance(sections["eval"], list)
     evals = [f"eval.{index}" for index in range(len(sections["eval"]))] if listed else ["eval"]
     for section in ["calib"] * ("calib" in sections) + evals:
-        overrides += small(section, text)
+        overrides += small(section, little_text)
     overrides += [f"{section}.num_eval_tokens=16" for section in evals if listed]
     shorter = sections.get("sparse", {}).get("method") == "ShortGPT"
     overrides += ["sparse.weight.n_prune_layers=1"] * shorter

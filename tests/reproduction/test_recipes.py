@@ -75,13 +75,6 @@ def tiny_model(tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("All in the golden afternoon full leisurely we glide.\n" * 20)
-    return file
-
-
 def test_there_are_suites_for_every_size_of_machine():
     assert SUITE_NAMES == ["llama2", "llama31", "small", "tiny"]
     used = {cell.config for param in CELLS for cell in param.values}
@@ -89,13 +82,13 @@ def test_there_are_suites_for_every_size_of_machine():
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_cell_parses_without_a_warning_and_its_dry_run_works_on_its_family(cell, tiny_model, text, tmp_path):
+def test_a_cell_parses_without_a_warning_and_its_dry_run_works_on_its_family(cell, tiny_model, little_text, tmp_path):
     assert loaded(cell).warnings == ()
     config = loaded(cell).config
     sections = ["calib"] * (config.calib is not None) + [f"eval.{index}" for index in range(len(config.eval))]
     path = tiny_model(MODELS[cell.model].family)
     overrides = [f"model.path={path}", f"save.save_path={tmp_path / 'out'}", "base.device=cpu"]
-    prepared = prepare(loaded(cell, overrides + [one for section in sections for one in small(section, text)]))
+    prepared = prepare(loaded(cell, overrides + [one for section in sections for one in small(section, little_text)]))
     assert bool(prepared.calib) == (config.calib is not None) == prepared.recipe.needs_data
     asked = {(one.position, one.text or config.eval[0].name) for one in cell.compare}
     assert asked == {(position, one.name) for one in config.eval for position in one.eval_pos}
