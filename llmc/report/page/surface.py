@@ -89,6 +89,23 @@ class Surfaces:
     stored: int
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file.
+
+    Attributes:
+        name: its own.
+        block: number of the block.
+        layer: name in the block.
+        state: ``original`` or ``transformed``.
+    """
+
+    name: str
+    block: int
+    layer: str
+    state: str
+
+
 def read_surfaces(file: Path) -> Surfaces | None:
     """The surfaces of a run; of more blocks than a page should carry, some in even distances. None if it has none.
 
@@ -97,24 +114,22 @@ def read_surfaces(file: Path) -> Surfaces | None:
     """
     try:
         with safe_open(file, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-            names = [name for name in opened.keys() if _NAME.fullmatch(name)]  # noqa: SIM118 (no mapping)
-            blocks = sorted({_place(name)[0] for name in names})
-            chosen = set(_spread(blocks, _MOST_BLOCKS))
-            loaded = {name: opened.get_tensor(name) for name in names if _place(name)[0] in chosen}
+            return _read(opened)
     except (OSError, SafetensorError) as problem:
         raise RunError(f"{file} can't be read: {problem}", "remove it to have a report without surfaces") from problem
+
+
+def _read(opened: Any) -> Surfaces | None:
+    metadata = opened.metadata() or {}
+    matches = (_NAME.fullmatch(name) for name in opened.keys())  # noqa: SIM118 (no mapping)
+    entries = [_Entry(one[0], int(one["number"]), one["layer"], one["state"]) for one in matches if one is not None]
+    blocks = sorted({entry.block for entry in entries})
+    chosen = _spread(blocks, _MOST_BLOCKS)
+    loaded = {entry: opened.get_tensor(entry.name) for entry in entries if entry.block in chosen}
     if not loaded:
         return None
-    shown = tuple(BlockSurfaces(block, tuple(_pairs(block, loaded, metadata))) for block in sorted(chosen))
+    shown = tuple(BlockSurfaces(block, tuple(_pairs(block, loaded, metadata))) for block in chosen)
     return Surfaces(int(metadata.get("tokens", 0)), shown, len(blocks))
-
-
-def _place(name: str) -> tuple[int, str, str]:
-    """Block, layer and state."""
-    found = _NAME.fullmatch(name)
-    assert found is not None  # only such names come here
-    return int(found["number"]), found["layer"], found["state"]
 
 
 def _spread(blocks: list[int], most: int) -> list[int]:
@@ -123,13 +138,12 @@ def _spread(blocks: list[int], most: int) -> list[int]:
     return [blocks[round(index * (len(blocks) - 1) / (most - 1))] for index in range(most)]
 
 
-def _pairs(block: int, loaded: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> Iterable[Pair]:
+def _pairs(block: int, loaded: Mapping[_Entry, NDArray[Any]], metadata: Mapping[str, str]) -> Iterable[Pair]:
     order = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    found: dict[str, dict[str, str]] = {}
-    for name in loaded:
-        number_of, layer, state = _place(name)
-        if number_of == block:
-            found.setdefault(layer, {})[state] = name
+    found: dict[str, dict[str, _Entry]] = {}
+    for entry in loaded:
+        if entry.block == block:
+            found.setdefault(entry.layer, {})[entry.state] = entry
     ranked = {layer: next((i for i, leaf in enumerate(order) if layer.endswith(leaf)), len(order)) for layer in found}
     for layer in sorted(found, key=lambda layer: (ranked[layer], layer)):
         if "original" in found[layer]:
@@ -137,11 +151,11 @@ def _pairs(block: int, loaded: Mapping[str, NDArray[Any]], metadata: Mapping[str
 
 
 def _pair(
-    layer: str, names: Mapping[str, str], loaded: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+    layer: str, entries: Mapping[str, _Entry], loaded: Mapping[_Entry, NDArray[Any]], metadata: Mapping[str, str]
 ) -> Pair:
-    cells = {state: loaded[name].astype(np.float64) for state, name in names.items()}
+    cells = {state: loaded[entry].astype(np.float64) for state, entry in entries.items()}
     peak = max(float(values.max(initial=0.0)) for values in cells.values())
-    channels = _channels(names["original"], metadata) or cells["original"].shape[1]
+    channels = _channels(entries["original"].name, metadata) or cells["original"].shape[1]
     grids = {state: _grid(values, peak, f"{layer}, {state}") for state, values in cells.items()}
     return Pair(layer, peak, channels, grids["original"], grids.get("transformed"))
 
