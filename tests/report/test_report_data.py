@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from invented import SUBSETS, add_surfaces
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from llmc.algorithms import options_types
 from llmc.config import load_config
+from llmc.errors import RunError
 from llmc.report.page import read_run
 from llmc.report.page.chart import HEIGHT, Line, Scale, line_chart
 from llmc.report.page.compare import comparison_of, differences, marked, unique_names
@@ -157,9 +160,28 @@ def test_of_many_surfaces_some_are_shown(tmp_path):
     assert [block.number for block in found.blocks] == [0, 4, 8, 12, 17, 21, 25, 29]
 
 
-def test_a_damaged_file_of_surfaces_is_named(made, tmp_path):
+def surfaces_of(file: Path, cells: torch.Tensor, **metadata: str) -> None:
+    save_file({"model.layers.0.mlp.down_proj|original": cells}, file, metadata)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b"nothing"),
+        lambda file: surfaces_of(file, torch.ones(3, 4), tokens="many"),
+        lambda file: surfaces_of(file, torch.ones(3, 4), channels="{"),
+        lambda file: surfaces_of(file, torch.ones(3)),
+        lambda file: surfaces_of(file, torch.ones(3, 4, 5)),
+        lambda file: surfaces_of(file, torch.ones(3, 4).to(torch.float8_e4m3fn)),
+        lambda file: surfaces_of(file, torch.ones(3, 4).bfloat16()),
+        lambda file: file.mkdir(),
+    ],
+)
+def test_a_damaged_file_of_surfaces_is_named(made, tmp_path, damage):
     broken = tmp_path / "surfaces.safetensors"
-    broken.write_bytes(b"nothing")
+    damage(broken)
+    with pytest.raises(RunError, match=r"surfaces\.safetensors can't be read"):
+        read_surfaces(broken)
     page = page_of(replace(read_run(made["rtn"].folder), surfaces=broken))
     assert page.surfaces is None and str(broken) in render_run(page)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import RunError
 from ..console import duration, human
 from . import words
 from .chart import Chart, Line, line_chart
@@ -264,8 +265,8 @@ def _surfaces(run: Run) -> tuple[Surfaces | None, str]:
         return None, ""
     try:
         return read_surfaces(run.surfaces), ""
-    except Exception as problem:  # whatever a damaged file raises
-        return None, str(problem).partition("\n")[0]
+    except RunError as problem:
+        return None, problem.message
 
 
 def _load(experts: tuple[Experts, ...]) -> Heat | None:

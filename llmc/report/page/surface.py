@@ -20,6 +20,8 @@ from .words import number
 _NAME = re.compile(r"(?P<block>.*?\.(?P<number>\d+))\.(?P<layer>.+)\|(?P<state>original|transformed)")
 _MOST_BLOCKS = 8
 _LARGEST = 255  # of a byte
+# Not safetensors; dtypes that numpy hasn't; metadata that are no numbers; too few or too many dimensions.
+_DAMAGED = (OSError, SafetensorError, AttributeError, TypeError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def read_surfaces(file: Path) -> Surfaces | None:
     try:
         with safe_open(file, framework="numpy") as opened:
             return _read(opened)
-    except (OSError, SafetensorError) as problem:
+    except _DAMAGED as problem:
         raise RunError(f"{file} can't be read: {problem}", "remove it to have a report without surfaces") from problem
 
 
