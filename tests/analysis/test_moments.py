@@ -102,9 +102,9 @@ def test_no_token_no_profile():
 
 
 def test_an_outlier_is_more_than_six_medians_of_living_channels():
-    largest = torch.tensor([1.0, 0.0, 1.0, 6.0, 6.001, 0.0, 0.5])
-    found = outlier_channels(largest, torch.ones(7))
-    assert (found.count, found.share, found.worst[:2]) == (1, 1 / 7, ((4, pytest.approx(6.001)), (3, 6.0)))
+    largest = torch.tensor([1.0, 0.0, 1.0, 6.0, 6.001, 0.0, 0.5, 0.0, 1.0, 0.0])  # the median of all would be 0.75
+    found = outlier_channels(largest, torch.ones(10))
+    assert (found.count, found.share, found.worst[:2]) == (1, 1 / 10, ((4, pytest.approx(6.001)), (3, 6.0)))
     nothing = outlier_channels(torch.zeros(5), torch.zeros(5))
     assert nothing.to_dict() == {"count": 0, "share": None, "worst": []}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -231,3 +232,19 @@ def test_most_sensitive_per_weight_come_first():
     names = [name for name, _ in most_sensitive(SENSED)]
     assert names == ["block 0: experts.*.up", "block 0: o_proj", "block 1: o_proj"]
     assert [trial.loss for trial in dict(most_sensitive(SENSED))["block 0: experts.*.up"]] == [8.0, 3.0]
+
+
+def test_a_group_has_its_worst_error_and_the_bits_of_all_its_weights():
+    large = LayerSensitivity("a", 0, "experts.0.up", 30, 10, 2.0, 0, (Trial(1.0, 0.2, 4.5), Trial(1.0, 0.1, 8.5)))
+    small = LayerSensitivity("b", 0, "experts.1.up", 10, 10, 2.0, 0, (Trial(1.0, 0.3, 4.9), Trial(1.0, 0.05, 8.9)))
+    ((_, trials),) = most_sensitive(replace(SENSED, layers=(large, small)))
+    assert [(one.error, one.bits) for one in trials] == [(0.3, pytest.approx(4.6)), (0.1, pytest.approx(8.6))]
+
+
+def test_each_candidate_counts_alike_for_the_order():
+    """2 bits cost a hundred times more; by the sum of losses the first layer would be the most sensitive one."""
+    layers = (layer("q_proj", 0, 0, (110.0, 0.1)), layer("o_proj", 0, 1, (90.0, 0.9)))
+    assert [name for name, _ in most_sensitive(replace(SENSED, layers=layers))] == [
+        "block 0: o_proj",
+        "block 0: q_proj",
+    ]

@@ -13,6 +13,7 @@ import torch
 from cases import WINDOW, Case, files_of, reload
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from scipy.linalg import hadamard
 from scipy.stats import kurtosis
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -126,6 +127,52 @@ def test_inputs_and_errors_are_those_of_whole_models(gptq):
         assert layer["weight"]["kurtosis"]["tensor"] == pytest.approx(kurtosis(exact, axis=None, fisher=False), 1e-4)
         assert layer["weight"]["zeros"] == pytest.approx(float((changed == 0).double().mean()), abs=1e-6)
         assert (layer["error_of"], layer["bits"]) == ("calibration", 4 + (16 + 4) / 32)
+
+
+def rounded(tokens: Tensor) -> Tensor:
+    """8 bits, a scale for each token; in float32, as values near the middle between two steps are."""
+    values = tokens.float()
+    scale = values.abs().amax(-1, keepdim=True) / 127
+    return ((values / scale).round().clamp(-128, 127) * scale).double()
+
+
+@pytest.mark.parametrize(
+    ("quant", "rounding"),
+    [
+        (W8A8, {"q_proj", "k_proj", "v_proj"}),
+        ({"mix_bits": {"query": {"layer_name": ["q_proj"], **W8A8}}}, {"q_proj"}),
+    ],
+)
+def test_inputs_are_rounded_for_the_linears_that_round_them(case, quant, rounding):
+    """In the first block, whose inputs are the original's."""
+    run = analysed(case, quant={**GPTQ, **quant}, save={"save_vllm": False})
+    row = found_by(run)["blocks"][0]["layers"]
+    original, written = reload(run.source), reload(run.save_path / "fake_quant_model")
+    full = {leaf: f"model.layers.0.self_attn.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")}
+    read = read_by(original, sample(run), list(full.values()))
+    for leaf, linear in full.items():
+        exact, changed = (model.get_submodule(linear).weight.double() for model in (original, written))
+        y = read[linear] @ exact.T
+        noises = [
+            (inputs @ changed.T - y).square().sum() / y.square().sum()
+            for inputs in (read[linear], rounded(read[linear]))
+        ]
+        without, behind = (float(-10 * noise.log10()) for noise in noises)
+        assert row[f"self_attn.{leaf}"]["sqnr_db"] == pytest.approx(behind if leaf in rounding else without, abs=1e-3)
+        assert abs(behind - without) > 0.02
+
+
+def test_a_rotation_that_runs_with_the_model_is_in_front_of_what_is_seen(case, exact):
+    """And not in front of what the original's Linears read."""
+    special = {"Quarot": {"online_rotate": True, "fp32_had": True}}
+    act = {"bit": 4, "symmetric": True, "granularity": "per_token"}
+    none = {"save_vllm": False, "save_fake": False}
+    run = analysed(case, checkpoint=exact("llama"), method=["Quarot", "GPTQ"], save=none)
+    run.content["quant"] |= {"special": special, "act": act}
+    found = found_by(run)["blocks"][0]["activations"]["mlp.down_proj"]
+    tokens = read_by(reload(run.source), sample(run), ["model.layers.0.mlp.down_proj"]).popitem()[1].numpy()
+    for state, expected in (("original", tokens), ("transformed", tokens @ hadamard(128) / 128**0.5)):
+        assert found[state]["kurtosis"]["tensor"] == pytest.approx(kurtosis(expected, None, fisher=False), rel=1e-3)
 
 
 def test_surfaces_are_of_the_first_the_middle_and_the_last_block(gptq):

@@ -91,6 +91,28 @@ def test_a_heat_map_is_logarithmic_and_takes_experts_together():
     assert (absent.text, absent.level) == ("", None)
 
 
+@pytest.mark.parametrize(
+    ("key", "better", "field", "values"),
+    [
+        ("error", None, "error", (1e-4, 1.1e-2, 1.0)),
+        ("sqnr", "high", "sqnr_db", (40.0, 29.0, 20.0)),
+        ("cosine", "high", "cosine", (1 - 1e-4, 1 - 1.1e-3, 1 - 1e-2)),
+        ("kurtosis", None, "kurtosis", (2.0, 22.0, 200.0)),
+        ("bits", None, "bits", (2.0, 5.1, 8.0)),
+        ("sparsity", None, "sparsity", (0.0, 0.51, 1.0)),
+        ("zeros", None, "zeros", (0.1, 0.31, 0.5)),
+        ("clipped", "low", "clipped", (0.0, 0.051, 0.1)),
+    ],
+)
+def test_every_measure_has_its_colours(key, better, field, values):
+    """From the coolest over the middle of its scale to the hottest, which is the worst where there is one."""
+    measure = next(one for one in MEASURES if one.key == key)
+    blocks = [BlockRow(index, 1.0, None, {"q": LayerRow(**{field: one})}, {}) for index, one in enumerate(values)]
+    made = heat(blocks, measure)
+    assert [cell.level for cell in made.rows[0].cells] == [0, LEVELS // 2, LEVELS - 1]
+    assert (measure.better, made.judged) == (better, better is not None)
+
+
 def test_no_number_no_heat_map():
     assert heat(blocks_of([{"q": 1e-4}]), MEASURES[1]) is None
 
@@ -151,6 +173,16 @@ def test_surfaces_keep_every_cell(made):
                 # Half a step of the square root: |x - peak (b/255)²| ≤ peak (b/255) / 255 and a little.
                 assert np.all(np.abs(wanted - pair.peak * (codes / 255.0) ** 2) <= pair.peak * (codes + 1) / 255**2)
                 assert kept.largest == wanted.max() and pair.channels == 64
+
+
+def test_a_surface_that_a_transform_raises_fits_into_the_common_scale(tmp_path):
+    tensors = {"original": torch.full((2, 3), 2.0), "transformed": torch.tensor([[8.0, 2.0, 0.0]] * 2)}
+    file = tmp_path / "surfaces.safetensors"
+    save_file({f"model.layers.0.mlp.down_proj|{state}": cells for state, cells in tensors.items()}, file)
+    ((pair,),) = (block.pairs for block in read_surfaces(file).blocks)
+    assert (pair.peak, pair.channels) == (8.0, 3)
+    assert set(base64.b64decode(pair.original.data)) == {round(255 * (2 / 8) ** 0.5)}
+    assert list(base64.b64decode(pair.transformed.data)) == [255, round(255 * (2 / 8) ** 0.5), 0] * 2
 
 
 def test_of_many_surfaces_some_are_shown(tmp_path):
