@@ -72,6 +72,11 @@ def test_every_scale_has_marks(span):
         assert 2 <= len(Scale.over(span, log).ticks()) <= 8
 
 
+def test_a_scale_from_zero_begins_there():
+    scale = Scale.over([5.0, 10.0], log=False, from_zero=True)
+    assert scale.at(0.0) == 0 and scale.at(5.0) == pytest.approx(scale.at(10.0) / 2, abs=0.01)
+
+
 def blocks_of(errors):
     return [
         BlockRow(index, 1.0, None, {name: LayerRow(error=error) for name, error in row.items()}, {})
