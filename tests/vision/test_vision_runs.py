@@ -107,6 +107,12 @@ def test_calibrated_with_text_it_loads_again(source, text, tmp_path, name):
     unseen = {unit: said for unit, said in notes.items() if said != {None}}
     why = {"no calibration token reached it: rounded to nearest"}
     assert unseen == ({"block-1": why, "block-2": why} if name == "mllama" else {})
+    sources = {
+        (note["fallback"] is None, note["error_of"])
+        for row in result.metrics["blocks"]
+        for note in row["layers"].values()
+    }
+    assert sources == {(True, "calibration"), *([(False, "weights")] if name == "mllama" else [])}
 
 
 @pytest.mark.parametrize("name", SEVEN)
