@@ -170,6 +170,15 @@ def test_the_choice_is_the_best_of_all_and_the_run_is_that_of_its_settings(case)
     assert sorted(group["weights"]["num_bits"] for group in config["config_groups"].values()) == [4, 8]
 
 
+def test_the_plan_counts_what_measuring_reads(case):
+    """Three readings, of which one may leave out what is in front of the blocks and behind them."""
+    run = case(quant=MIXED)
+    prepared, _ = llmc.budgeting.ready(load_config(run.content, (), options_types()))
+    outside = sum(entry.nbytes for name, entry in prepared.entries.items() if ".layers." not in name)
+    read = run.compress().metrics["bytes_read"]
+    assert read <= prepared.estimate.read <= read + outside
+
+
 def test_a_file_of_losses_gives_the_same_without_measuring(case, capsys):
     measured = case(quant=MIXED)
     measured.compress()
