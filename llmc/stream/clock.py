@@ -44,10 +44,10 @@ class Clock:
     def lap(self) -> dict[str, Any]:
         """What went into the block so far: wall time, the same by kind of work, and memory in bytes: the process's
         largest resident size until now, and the largest allocation on the device since the block began, or None."""
-        by_kind = {kind: round(spent - self._before.get(kind, 0.0), 3) for kind, spent in self.spent.items()}
+        since = {kind: spent - self._before.get(kind, 0.0) for kind, spent in self.spent.items()}
         return {
             "seconds": round(time.perf_counter() - self._started, 3),
-            "seconds_by_kind": {kind: spent for kind, spent in by_kind.items() if spent},
+            "seconds_by_kind": {kind: round(spent, 3) for kind, spent in since.items() if spent > 0},
             "memory": {"host": peak_host_memory(), "device": self._look()},
         }
 
