@@ -3,7 +3,7 @@
     python benchmarks/analysis_cost.py --model DIR --calib valid.txt --eval test.txt --out FOLDER --method GPTQ
 
 Prints wall time, CPU time, the share of the blocks' time that went into the analysis, and peak memory. Where other
-programs run, too, both times of a run depend on them; the share, which is of one run, hardly does.
+programs run, too, both times of a run depend on them: compare those of a machine that does nothing else.
 """
 
 from __future__ import annotations
