@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from .config.schema import ModelConfig
 from .errors import ModelError
 from .models import Discovery, ModelAdapter, Subset, declared, discover, find_adapter
-from .stream.skeleton import empty_model
+from .stream.empty import empty_model
 
 
 def adapter_of(model: ModelConfig, config: PretrainedConfig, folder: Path) -> tuple[ModelAdapter, list[str]]:

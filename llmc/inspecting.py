@@ -15,7 +15,7 @@ from .errors import LlmcError, ModelError
 from .models import BlockFacts, Discovery, ModelAdapter, Subset, check_reorderable, declared, residual_of
 from .models.locate import locate_checkpoint
 from .stream.attention import check_attention
-from .stream.skeleton import empty_model, load_config
+from .stream.empty import empty_model, load_config
 
 transformers_logging: Any = logging  # parts of it have no annotations
 

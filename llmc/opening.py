@@ -17,8 +17,8 @@ from .models.locate import locate_checkpoint
 from .room import experts_on_host
 from .stream.decoders import open_checkpoint
 from .stream.decoding import Checkpoint
+from .stream.empty import load_config as load_model_config
 from .stream.skeleton import Skeleton
-from .stream.skeleton import load_config as load_model_config
 from .translate import make_compute_dtype
 
 

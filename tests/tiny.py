@@ -24,8 +24,9 @@ from llmc.stream.batch import Batch
 from llmc.stream.calls import Recorded, head_logits, record
 from llmc.stream.decoders import open_checkpoint
 from llmc.stream.decoding import Checkpoint
+from llmc.stream.empty import load_config
 from llmc.stream.headers import TensorEntry
-from llmc.stream.skeleton import Skeleton, load_config
+from llmc.stream.skeleton import Skeleton
 from llmc.stream.source import BlockSource
 
 

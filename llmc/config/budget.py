@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from llmc.config import legacy
+from llmc.config import forms
 from llmc.config.section import Section
 from llmc.config.suggest import Document, Misfit, refuse_if
 from llmc.config.tensors import WeightConfig
@@ -23,12 +23,12 @@ _BITS = (2, 3, 4, 5, 6, 8)
 class Candidate(Section):
     """A scheme to choose; what it doesn't say is as in quant.weight."""
 
-    bit: legacy.Bit = Field(description="Bits, 2..8, or e4m3, e2m1, mxfp4, mxfp8, nvfp4.")
+    bit: forms.Bit = Field(description="Bits, 2..8, or e4m3, e2m1, mxfp4, mxfp8, nvfp4.")
     symmetric: bool | None = Field(None, description="Whether the grid is symmetric around zero.")
     granularity: Literal["per_group", "per_channel", "per_tensor"] | None = Field(
         None, description="Which weights share one scale."
     )
-    group_size: legacy.GroupSize = Field(None, ge=1, description="Elements in a group, for per_group.")
+    group_size: forms.GroupSize = Field(None, ge=1, description="Elements in a group, for per_group.")
 
 
 def _listed(value: object) -> object:
@@ -119,8 +119,8 @@ def _laid_over(weight: dict[str, Any], candidate: Candidate) -> dict[str, Any]:
         own["group_size"] = None
     if isinstance(candidate.bit, str):
         own = {"quant_type": "float-quant", "symmetric": True, "scale_digits": None, "sym_mode": "restricted", **own}
-        if candidate.bit in legacy.MICRO_GROUPS:
-            own = {"granularity": "per_group", "group_size": legacy.MICRO_GROUPS[candidate.bit], **own}
+        if candidate.bit in forms.MICRO_GROUPS:
+            own = {"granularity": "per_group", "group_size": forms.MICRO_GROUPS[candidate.bit], **own}
     else:
         own["quant_type"] = "int-quant"
     if own.get("symmetric") is False:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmc.config import legacy
+from llmc.config import forms
 from llmc.config.section import Section
 
 
@@ -16,7 +16,7 @@ class ReportConfig(Section):
     html: bool = Field(True, description="Write report.html beside metrics.json.")
     analysis: bool = Field(True, description="Look at each layer: errors, kurtosis, outlier channels, clipping.")
     tokens: int = Field(2048, ge=2, description="Tokens of the calibration text, or else of the evaluation's, for it.")
-    surfaces: Literal["auto"] | legacy.BlockIds = Field(
+    surfaces: Literal["auto"] | forms.BlockIds = Field(
         "auto",
         description="Numbers of the blocks whose inputs surfaces.safetensors shows, or ranges such as 0-3; auto: the "
         "first, the middle and the last.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmc.config import legacy
+from llmc.config import forms
 from llmc.config.suggest import did_you_mean, refuse_if
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def check_evaluation(one: EvalConfig) -> EvalConfig:
     """An evaluation of text knows its text, and how many tokens of it go together; one of tasks knows its tasks."""
     _check_tasks(one)
     reads_text = one.type in ("ppl", "token_acc", "decode_ppl")
-    refuse_if(reads_text and not one.name, "name", f"missing; one of {', '.join(legacy.TEXT_EVALS)}")
-    wanted = f"is not one of {', '.join(legacy.TEXT_EVALS)}{did_you_mean(one.name, legacy.TEXT_EVALS)}"
-    refuse_if(reads_text and one.name not in legacy.TEXT_EVALS, "name", f"{one.name!r} {wanted}")
+    refuse_if(reads_text and not one.name, "name", f"missing; one of {', '.join(forms.TEXT_EVALS)}")
+    wanted = f"is not one of {', '.join(forms.TEXT_EVALS)}{did_you_mean(one.name, forms.TEXT_EVALS)}"
+    refuse_if(reads_text and one.name not in forms.TEXT_EVALS, "name", f"{one.name!r} {wanted}")
     refuse_if(one.name == "text" and not one.path, "path", "missing; name 'text' reads a local file or folder")
     blind, tokens = one.eval_pos and not one.seq_len, one.num_eval_tokens
     refuse_if(one.type == "ppl" and blind, "seq_len", "missing; perplexity needs the number of tokens in a window")

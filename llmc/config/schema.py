@@ -1,6 +1,6 @@
 """The configuration as typed, frozen sections: every key, its type, and every rule about values.
 
-The keys are LLMC's. What may be written in several ways has one form here (see `legacy`), so that the rest of the
+The keys are LLMC's. What may be written in several ways has one form here (see `forms`), so that the rest of the
 program never meets a lone eval, bit 16, a group size of -1 or a range of blocks.
 """
 
@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, model_validator
 
-from llmc.config import legacy
+from llmc.config import forms
 from llmc.config.budget import BudgetConfig, candidate_weights
 from llmc.config.reporting import ReportConfig
 from llmc.config.rules import check_encoder, check_evaluation, check_images, check_written
@@ -24,7 +24,7 @@ class BaseConfig(Section):
     """The run itself: seed, device and memory."""
 
     seed: int = Field(42, ge=0, description="Seed of every random choice.")
-    device: legacy.Device = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
+    device: forms.Device = Field("auto", description="Where to compute: auto, cpu, cuda or cuda:N.")
     host_memory_gb: float | None = Field(None, gt=0, description="Activations above it are memory-mapped; None: auto.")
     checkpoint_every: int = Field(5, ge=1, description="Activations are saved every so many blocks, to resume from.")
     threads: int | None = Field(None, ge=1, description="Number of CPU threads; None leaves the choice to torch.")
@@ -39,9 +39,9 @@ class BaseConfig(Section):
 class ModelConfig(Section):
     """The checkpoint to compress."""
 
-    type: legacy.Family = Field("auto", description="Model family by its LLMC name; auto finds it from the checkpoint.")
+    type: forms.Family = Field("auto", description="Model family by its LLMC name; auto finds it from the checkpoint.")
     path: str = Field(min_length=1, description="Folder of the checkpoint, or its name on the Hugging Face hub.")
-    torch_dtype: legacy.DType = Field("auto", description="Data type to compute in; auto takes the checkpoint's.")
+    torch_dtype: forms.DType = Field("auto", description="Data type to compute in; auto takes the checkpoint's.")
     tokenizer_mode: Literal["fast", "slow"] = Field("fast", description="Which tokenizer implementation to load.")
     trust_remote_code: bool = Field(False, description="Allow Python code that comes with the checkpoint to run.")
 
@@ -49,7 +49,7 @@ class ModelConfig(Section):
 class CalibConfig(Section):
     """The text that the statistics are taken from."""
 
-    name: legacy.CalibName = Field(
+    name: forms.CalibName = Field(
         description="Which data set; mix is wikitext2, ptb and c4 together; text is a local .txt, .jsonl, .parquet "
         "file or folder; custom_mm a folder with images and samples.json."
     )
@@ -58,7 +58,7 @@ class CalibConfig(Section):
     n_samples: int = Field(128, ge=1, description="Number of samples.")
     bs: int = Field(1, description="Samples in one batch; -1 puts all of them in one.")
     seq_len: int | None = Field(None, ge=2, description="Tokens in one sample.")
-    preproc: legacy.Preproc | None = Field(None, description="How samples are cut from the text.")
+    preproc: forms.Preproc | None = Field(None, description="How samples are cut from the text.")
     seed: int = Field(42, ge=0, description="Seed of the choice of samples.")
     moe: Literal["routed", "all_tokens"] = Field(
         "routed",
@@ -98,8 +98,8 @@ class CalibConfig(Section):
 class EvalConfig(Section):
     """One evaluation: what to measure, on which text, and at which stages of the run."""
 
-    eval_pos: legacy.EvalPositions = Field(description="Stages to evaluate; an empty list for none.")
-    type: legacy.EvalType = Field("ppl", description="What to measure; a list measures all of it on the same text.")
+    eval_pos: forms.EvalPositions = Field(description="Stages to evaluate; an empty list for none.")
+    type: forms.EvalType = Field("ppl", description="What to measure; a list measures all of it on the same text.")
     name: str = Field("", description="Which data set; text is a local .txt, .jsonl, .parquet file or folder.")
     path: str | None = Field(
         None, description="Where the data set lies; for lm_eval a folder with task files; for generate_only prompts."
@@ -121,7 +121,7 @@ class EvalConfig(Section):
     add_chat_temp: bool = Field(False, description="Wrap every code task in the model's chat template.")
     num_workers: int = Field(8, ge=0, description="Processes that load data for acc.")
     statistics: bool = Field(False, description="Report statistics of vqa.")
-    tasks: legacy.Names = Field((), description="For lm_eval: names of its tasks and groups, or of those in path.")
+    tasks: forms.Names = Field((), description="For lm_eval: names of its tasks and groups, or of those in path.")
     num_fewshot: int | None = Field(
         None, ge=0, description="For lm_eval: examples in a prompt; None: as a task has it."
     )
@@ -140,7 +140,7 @@ class EvalConfig(Section):
 class MethodSection(Section):
     """A section whose method has options of its own; `load_config` resolves the raw `special` to typed `options`."""
 
-    special: legacy.Options = Field({}, description="Options of the method; keyed by method if there are several.")
+    special: forms.Options = Field({}, description="Options of the method; keyed by method if there are several.")
     _options: Mapping[str, BaseModel] = PrivateAttr(default_factory=dict)
 
     @property
@@ -158,7 +158,7 @@ class MethodSection(Section):
 class QuantConfig(MethodSection):
     """What is quantized, and by which methods."""
 
-    method: legacy.Names = Field(description="The methods, applied in this order in one pass.")
+    method: forms.Names = Field(description="The methods, applied in this order in one pass.")
     weight: Weight = Field(None, description="How weights are quantized; None leaves them.")
     act: Act = Field(None, description="How activations are quantized; None leaves them.")
     kvcache: KvCache = Field(None, description="How the KV cache is quantized; None leaves it.")
@@ -168,7 +168,7 @@ class QuantConfig(MethodSection):
     )
     quant_out: bool | None = Field(None, description="Feed each block compressed outputs; None: as the method has it.")
     tp: int = Field(1, ge=1, description="Tensor-parallel shards that scales are computed for.")
-    token_reduction: legacy.Options | None = Field(None, description="Accepted from LLMC: reduction of visual tokens.")
+    token_reduction: forms.Options | None = Field(None, description="Accepted from LLMC: reduction of visual tokens.")
     vision: QuantConfig | None = Field(
         None, description="How the image encoder is quantized, by the same keys; None leaves it."
     )
@@ -191,7 +191,7 @@ class SparseWeight(Section):
     """How much is pruned."""
 
     sparsity: float | None = Field(None, ge=0, lt=1, description="Fraction of the weights that become zero.")
-    pattern: legacy.ZeroPattern | None = Field(None, description='Such as "2:4", zeros in each run; None: anywhere.')
+    pattern: forms.ZeroPattern | None = Field(None, description='Such as "2:4", zeros in each run; None: anywhere.')
     n_prune_layers: int | None = Field(None, ge=1, description="Number of blocks that ShortGPT removes.")
 
 
@@ -205,7 +205,7 @@ class SparseKvCache(KvWindow):
 class SparseConfig(MethodSection):
     """What is pruned, and by which method."""
 
-    method: legacy.Pruner = Field(description="The method.")
+    method: forms.Pruner = Field(description="The method.")
     weight: SparseWeight = Field(default_factory=SparseWeight.defaults, description="How much is pruned.")
     sparsity_out: bool | None = Field(None, description="Feed each block pruned outputs; None: as the method has it.")
     kvcache: SparseKvCache | None = Field(None, description="How the KV cache is thinned out.")
@@ -217,16 +217,16 @@ class SparseConfig(MethodSection):
         refuse_if(wanted and given != {wanted}, "weight", f"{self.method} needs {wanted} here, and nothing else")
         idle = self.method == "ShortGPT" and self.sparsity_out
         refuse_if(idle, "sparsity_out", "has no use with ShortGPT, which surveys the original model; leave it out")
-        refuse_if(told := legacy.pattern_conflict(self.weight.pattern, self.weight.sparsity), "weight", told)
+        refuse_if(told := forms.pattern_conflict(self.weight.pattern, self.weight.sparsity), "weight", told)
         return self
 
 
 class IgnoredLayers(Section):
     """Layers that stay as they are."""
 
-    block_ids: legacy.BlockIds = Field((), description="Numbers, or ranges such as 0-3; limits layer_names.")
-    layer_names: legacy.Names = Field((), description="Names within a block; limited to block_ids, if given.")
-    special_names: legacy.Names = Field((), description="Full names of further layers.")
+    block_ids: forms.BlockIds = Field((), description="Numbers, or ranges such as 0-3; limits layer_names.")
+    layer_names: forms.Names = Field((), description="Names within a block; limited to block_ids, if given.")
+    special_names: forms.Names = Field((), description="Full names of further layers.")
 
 
 class TrtllmConfig(Section):
@@ -271,17 +271,17 @@ class OpenCompassConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    base: legacy.OrDefault[BaseConfig] = Field(default_factory=BaseConfig.defaults, description="The run itself.")
+    base: forms.OrDefault[BaseConfig] = Field(default_factory=BaseConfig.defaults, description="The run itself.")
     model: ModelConfig = Field(description="The checkpoint to compress.")
     calib: CalibConfig | None = Field(None, description="The calibration text; None for methods that need no data.")
-    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(legacy.evals)] = Field((), description="What to measure.")
+    eval: Annotated[tuple[EvalConfig, ...], BeforeValidator(forms.evals)] = Field((), description="What to measure.")
     quant: QuantConfig | None = Field(None, description="What is quantized, and by which methods.")
     sparse: SparseConfig | None = Field(None, description="What is pruned, and by which method.")
-    ignored_layers: legacy.OrDefault[IgnoredLayers] = Field(
+    ignored_layers: forms.OrDefault[IgnoredLayers] = Field(
         default_factory=IgnoredLayers.defaults, description="Layers that stay as they are."
     )
-    save: legacy.OrDefault[SaveConfig] = Field(default_factory=SaveConfig.defaults, description="What is written.")
-    report: legacy.OrDefault[ReportConfig] = Field(
+    save: forms.OrDefault[SaveConfig] = Field(default_factory=SaveConfig.defaults, description="What is written.")
+    report: forms.OrDefault[ReportConfig] = Field(
         default_factory=ReportConfig.defaults, description="What is told of the run."
     )
     opencompass: OpenCompassConfig | None = Field(None, description="An evaluation by OpenCompass after the run.")

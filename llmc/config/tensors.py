@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llmc.config import legacy
+from llmc.config import forms
 from llmc.config.places import read_layers
 from llmc.config.rules import check_cache
 from llmc.config.section import Section
@@ -17,11 +17,11 @@ from llmc.config.suggest import refuse_if
 class TensorConfig(Section):
     """How one kind of tensor is quantized: what weights, activations and the KV cache share."""
 
-    bit: legacy.Bit = Field(description="Bits, 2..16 (16 means off), or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4.")
+    bit: forms.Bit = Field(description="Bits, 2..16 (16 means off), or e4m3, e5m2, e2m1, mxfp4, mxfp8, nvfp4.")
     quant_type: Literal["int-quant", "float-quant"] = Field("int-quant", description="Kind of grid; follows from bit.")
     symmetric: bool = Field(description="Whether the grid is symmetric around zero and so has no zero point.")
     granularity: str = Field(description="Which elements share one scale.")
-    group_size: legacy.GroupSize = Field(None, description="Elements in a group, for per_group.")
+    group_size: forms.GroupSize = Field(None, description="Elements in a group, for per_group.")
     head_num: int | None = Field(None, ge=1, description="Number of heads, for per_head.")
     calib_algo: str = Field("minmax", description="How ranges are found.")
     mse_b_num: int = Field(1, ge=1, description="Portions in which the mse search handles the rows, to save memory.")
@@ -31,12 +31,12 @@ class TensorConfig(Section):
     ste: bool = Field(False, description="Pass gradients straight through the rounding.")
     ste_all: bool = Field(False, description="Pass gradients straight through the whole quantizer.")
     round_zp: bool = Field(True, description="Round the zero point to a whole number.")
-    int_range: legacy.Range | None = Field(None, description="Smallest and largest integer code; None: all.")
-    float_range: legacy.Range | None = Field(None, description="Smallest and largest value of the float grid.")
+    int_range: forms.Range | None = Field(None, description="Smallest and largest integer code; None: all.")
+    float_range: forms.Range | None = Field(None, description="Smallest and largest value of the float grid.")
     use_qtorch: bool = Field(False, description="Accepted from LLMC; float grids are always those of the hardware.")
-    scale_dtype: legacy.ScaleDType = Field("auto", description="Data type of stored scales; auto takes the model's.")
+    scale_dtype: forms.ScaleDType = Field("auto", description="Data type of stored scales; auto takes the model's.")
 
-    _complete = model_validator(mode="before")(legacy.complete_tensor)
+    _complete = model_validator(mode="before")(forms.complete_tensor)
 
     @model_validator(mode="after")
     def _tensor_rules(self) -> Self:
@@ -44,7 +44,7 @@ class TensorConfig(Section):
         mixed = (self.quant_type == "float-quant") != floating
         refuse_if(mixed, "quant_type", f"{self.quant_type} doesn't go with bit {self.bit}")
         refuse_if(floating and not self.symmetric, "symmetric", f"{self.bit} has no zero point; set it to True")
-        fixed = legacy.MICRO_GROUPS.get(str(self.bit), size)
+        fixed = forms.MICRO_GROUPS.get(str(self.bit), size)
         refuse_if(size != fixed, "group_size", f"{self.bit} has groups of {fixed}; leave it and granularity out")
         grouped = grain == "per_group"
         refuse_if(grouped and (size is None or size < 1), "group_size", "granularity per_group needs one above 0")
@@ -60,18 +60,18 @@ class BitLevel(Section):
 
     symmetric: bool = Field(description="Whether the codes are symmetric around zero.")
     granularity: Literal["per_group", "per_channel", "per_tensor"] = Field(description="What shares one scale.")
-    group_size: legacy.GroupSize = Field(None, ge=1, description="Elements in a group, for per_group.")
+    group_size: forms.GroupSize = Field(None, ge=1, description="Elements in a group, for per_group.")
     scales_bit: int = Field(8, ge=2, le=16, description="Bits of the integer scales.")
     scales_symmetric: bool = Field(True, description="Whether the integer scales are symmetric around zero.")
     zeros_bit: int = Field(8, ge=2, le=16, description="Bits of the integer zero points.")
     zeros_symmetric: bool = Field(True, description="Whether the integer zero points are symmetric around zero.")
-    int_range: legacy.Range | None = Field(None, description="Smallest and largest integer code; None: all.")
+    int_range: forms.Range | None = Field(None, description="Smallest and largest integer code; None: all.")
 
 
 class WeightConfig(TensorConfig):
     """How weights are quantized."""
 
-    granularity: legacy.WeightGrain = Field(description="Which weights share one scale.")
+    granularity: forms.WeightGrain = Field(description="Which weights share one scale.")
     block_size: int | None = Field(None, ge=1, description="Side of the square blocks, for per_block.")
     calib_algo: Literal["minmax", "mse", "learnable", "hqq"] = Field("minmax", description="How ranges are found.")
     sym_mode: Literal["restricted", "full", "gptq"] = Field("restricted", description="Convention of symmetric grids.")
@@ -96,7 +96,7 @@ class WeightConfig(TensorConfig):
         refuse_if(self.sym_mode != "restricted" and not self.symmetric, "sym_mode", "has no use if symmetric is False")
         floating = isinstance(self.bit, str)
         refuse_if(floating and self.scale_digits, "scale_digits", f"has no use with {self.bit}; it's for integers")
-        split = self.bit == legacy.FOUR_IN_EIGHT
+        split = self.bit == forms.FOUR_IN_EIGHT
         for level in ("bit4", "bit8"):
             refuse_if(split and not getattr(self, level), level, "missing; bit 48 is described by bit4 and bit8")
             refuse_if(not split and getattr(self, level), level, f"has no use with bit {self.bit}; it goes with 48")
@@ -107,13 +107,13 @@ class WeightConfig(TensorConfig):
 class StreamConfig(TensorConfig):
     """How tensors are quantized that exist only while the model runs."""
 
-    granularity: legacy.StreamGrain = Field(description="Which elements share one scale.")
-    calib_algo: legacy.StreamAlgo = Field("minmax", description="How ranges are found; static_* need static: True.")
+    granularity: forms.StreamGrain = Field(description="Which elements share one scale.")
+    calib_algo: forms.StreamAlgo = Field("minmax", description="How ranges are found; static_* need static: True.")
     static: bool = Field(False, description="Take the ranges from the calibration text, not from each input.")
 
     @model_validator(mode="after")
     def _stream_rules(self) -> Self:
-        refuse_if(self.bit == legacy.FOUR_IN_EIGHT, "bit", "48 is not in 2..16 (it is a form of weights)")
+        refuse_if(self.bit == forms.FOUR_IN_EIGHT, "bit", "48 is not in 2..16 (it is a form of weights)")
         whole, clustered = self.granularity == "per_tensor", self.granularity == "per_cluster"
         refuse_if(self.static and not (whole or clustered), "granularity", "static: True needs per_tensor")
         refuse_if(
@@ -173,7 +173,7 @@ KvCache = Annotated[KvCacheConfig, AfterValidator(_off_at_16)] | None
 class MixSetting(Section):
     """Another scheme for some layers, or none."""
 
-    layer_name: Annotated[legacy.Names, AfterValidator(read_layers)] = Field(
+    layer_name: Annotated[forms.Names, AfterValidator(read_layers)] = Field(
         min_length=1, description="Such as down_proj or mlp.experts.*.down_proj; down_proj#0-3 for blocks 0 and 3."
     )
     do_quant: bool = Field(True, description="Whether these layers are quantized at all.")

@@ -6,7 +6,6 @@ compare what it loads with ``from_pretrained``, tensor for tensor.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -27,51 +24,19 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from ..errors import CheckpointError, ModelError
 from ..models import BlockSelection, Images
-from ..models.experts import HostMemory, LinearExperts, linearize_experts
-from ..models.linearize import linearize
-from .configuration import check_config
+from ..models.experts import HostMemory, LinearExperts
+from .empty import auto_class, empty_model, without_memory
 from .memory import unheaped
 
 EMBED, HEAD = "embed", "head"
-_LARGE = 2**26  # elements
 
 
 def block_unit(index: int) -> str:
     """Name of the unit of block ``index``."""
     return f"block-{index}"
-
-
-def load_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's configuration, without what it says of quantized weights: they are decoded before anybody sees them.
-
-    Raises:
-        CheckpointError: ``config.json`` isn't understood, says that the weights are quantized in a way that can't be
-            decoded, or asks for remote code without consent.
-        ModelError: the model isn't a decoder.
-    """
-    check_config(folder, trust_remote_code=trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as problem:
-        brings_code = "trust_remote_code" in str(problem)
-        remedy = "set model.trust_remote_code: True if you trust the code in it" if brings_code else "check model.path"
-        raise CheckpointError(f"{folder}/config.json can't be used: {problem}", remedy) from problem
-    if not isinstance(config, PretrainedConfig):
-        raise CheckpointError(f"{folder}/config.json isn't a model's configuration", "check model.path")
-    for of in (config, config.get_text_config()):
-        of.__dict__.pop("quantization_config", None)
-    return config
-
-
-def auto_class(config: PretrainedConfig) -> Any:
-    """Which of Transformers' automatic classes makes the whole model of a configuration: that for images and text where
-    there is an encoder in it."""
-    reads_images = hasattr(config, "vision_config") and type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -107,7 +72,7 @@ def anatomy(folder: Path, names: Collection[str] = ()) -> Anatomy:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)
-        with unheaped(), init_empty_weights(include_buffers=False), _LargeOnMeta():
+        with without_memory():
             model: Any = auto_class(config).from_config(config)
     except Exception as problem:  # configurations and models of any family, each with errors of its own
         raise CheckpointError(
@@ -176,54 +141,6 @@ class ExpertPattern:
             if found := pattern.search(name):
                 return f"{name[: found.end(1)]}.{linear}.weight"
         return None
-
-
-def empty_model(
-    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool = False, images: bool = False
-) -> Any:
-    """A causal language model in eval mode, its parameters on the meta device, its buffers real; or one that reads
-    ``images``. All that works like a Linear is one, experts among it.
-
-    Raises:
-        ModelError: Transformers has no causal language model for the configuration, or its code fails to make it.
-    """
-    logging: Any = transformers_logging  # parts of it have no annotations
-    logging.disable_progress_bar()
-    auto: Any = AutoModelForImageTextToText if images else AutoModelForCausalLM  # from_config has no annotations
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"'{config.model_type}' is an encoder-decoder, and llmc compresses decoder-only language models",
-            "give a causal language model",
-        )
-    try:
-        # Each parameter is made before it's taken away again: as many holes in the heap as the model is large.
-        with unheaped(), init_empty_weights(include_buffers=False), _LargeOnMeta():
-            model: Any = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as problem:  # configurations and models of any family, each with errors of its own
-        raise ModelError(
-            f"Transformers can't make a causal language model of this config.json: {_first_line(problem)}",
-            "is it one? a model with code of its own needs model.trust_remote_code: True",
-        ) from problem
-    linearize(model)
-    linearize_experts(model)
-    return model.eval()
-
-
-class _LargeOnMeta(TorchFunctionMode):
-    """Makes large tensors without memory. Of what a model's constructor makes, only parameters are so large and come
-    from these functions: the matrices of all experts of a block may be larger than the memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
-        if func in (torch.empty, torch.zeros) and options.get("device") is None:
-            shape = args[0] if args and isinstance(args[0], list | tuple) else args
-            if shape and math.prod(shape) > _LARGE:
-                options["device"] = "meta"
-        return func(*args, **options)
-
-
-def _first_line(problem: Exception) -> str:
-    return str(problem).strip().partition("\n")[0] or type(problem).__name__
 
 
 class Skeleton:

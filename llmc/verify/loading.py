@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import CompressedTensorsConfig
 from ..errors import CheckpointError, DataError
 from ..eval.perplexity import mean_losses, perplexity
 from ..export import read_config
-from ..stream.skeleton import auto_class
+from ..stream.empty import auto_class
 from .findings import Report
 
 PROMPT = "The capital of France is"

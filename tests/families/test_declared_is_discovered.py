@@ -20,7 +20,7 @@ from llmc.architecture import explore
 from llmc.models import ADAPTERS, BlockFacts, Discovery, Subset, declared, discover, experts
 from llmc.models.discovery import exact as exact_weights
 from llmc.models.discovery import readers
-from llmc.stream.skeleton import empty_model
+from llmc.stream.empty import empty_model
 
 CONFIGS: dict[str, PretrainedConfig] = {
     **family_configs.CONFIGS,

@@ -18,7 +18,7 @@ from llmc.architecture import check_linears, explore
 from llmc.errors import ModelError
 from llmc.models import Discovery, Heads, Subset, declared, discover, heads_of
 from llmc.models.discovery import exact
-from llmc.stream.skeleton import empty_model
+from llmc.stream.empty import empty_model
 
 BASE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY = {**BASE, "max_position_embeddings": 64}

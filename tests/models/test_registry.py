@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from llmc.config.legacy import MODEL_TYPES
+from llmc.config.forms import MODEL_TYPES
 from llmc.errors import ModelError
 from llmc.models import ADAPTERS, find_adapter, heads_of
 

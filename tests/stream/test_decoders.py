@@ -18,7 +18,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from llmc.errors import CheckpointError
 from llmc.stream.decoders import open_checkpoint
 from llmc.stream.decoding import Checkpoint
-from llmc.stream.skeleton import load_config
+from llmc.stream.empty import load_config
 from llmc.stream.source import BlockSource, check_finite
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import DeepseekV3Config
 
 from llmc.errors import CheckpointError, ModelError
+from llmc.stream.empty import empty_model, load_config
 from llmc.stream.headers import INDEX_FILE
-from llmc.stream.skeleton import empty_model, load_config
 from llmc.stream.source import check_finite
 
 

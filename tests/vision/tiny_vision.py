@@ -25,8 +25,9 @@ from transformers import (
 
 from llmc.models import ModelAdapter, Subset, find_adapter
 from llmc.stream.batch import Batch
+from llmc.stream.empty import load_config
 from llmc.stream.headers import TensorEntry, read_headers
-from llmc.stream.skeleton import Skeleton, load_config
+from llmc.stream.skeleton import Skeleton
 from llmc.stream.source import BlockSource
 
 VOCAB, BLOCKS, WIDTH, IMAGE = 240, 3, 64, 205  # the last: the token in whose place image features go
