@@ -23,11 +23,13 @@ from p1_table import WINDOWS, Cell, config, fill, metrics
 GRID = {"symmetric": False, "granularity": "per_group", "group_size": 64}
 BITS = (2, 3, 4, 5, 6, 8)
 OVERHEAD = {bit: bit + (16 + bit) / GRID["group_size"] for bit in BITS}  # a scale of 16 bits and a zero point a group
+SYMMETRIC = {4 + 16 / GRID["group_size"]: 4}  # sizes at which the one scheme has no zero points
 
 
-def cell(name: str, column: str, samples: int, bit: int, **mix_bits: object) -> Cell:
+def cell(name: str, column: str, samples: int, bit: int, *, symmetric: bool = False, **mix_bits: object) -> Cell:
     """A run of GPTQ."""
-    quant = {"method": "GPTQ", "weight": {"bit": bit, **GRID}, "special": {"actorder": True, "static_groups": True}}
+    weight = {"bit": bit, **GRID, "symmetric": symmetric}
+    quant = {"method": "GPTQ", "weight": weight, "special": {"actorder": True, "static_groups": True}}
     if mix_bits:
         quant["mix_bits"] = mix_bits
     measured_by = {"type": ["ppl", "token_acc"]}  # perplexity, and the divergence that a budget's losses estimate
@@ -40,6 +42,8 @@ def cells(args: argparse.Namespace, losses: Path) -> Iterator[Cell]:
     yield cell("budget, relative errors alone", f"{OVERHEAD[args.bits[0]]:.4f}", args.samples, 4, **unweighed)
     for bit in args.bits:
         yield cell("uniform", f"{OVERHEAD[bit]:.4f}", args.samples, bit)
+    for size in set(args.budgets) & set(SYMMETRIC):
+        yield cell("uniform", f"{size:.4f}", args.samples, SYMMETRIC[size], symmetric=True)
     for size in [*(OVERHEAD[bit] for bit in args.bits), *args.budgets]:
         spent = {"budget": size, "from": str(losses)}
         yield cell("budget", f"{size:.4f}", args.samples, 4, **spent)
@@ -89,7 +93,7 @@ def main() -> None:
         found = metrics(args.out / one.folder)
         if found is not None:
             perplexity, divergence = (
-                next(row for row in found["evaluation"] if row["type"] == kind) for kind in ("ppl", "token_acc")
+                next(row for row in found["evaluation"] if row["kind"] == kind) for kind in ("ppl", "token_acc")
             )
             expected = f"{found['bit_budget']['loss']:.4f}" if found.get("bit_budget") else ""
             values = f"{found['bits_per_weight']:.4f} | {perplexity['value']:.2f} | {divergence['kl']:.4f} | {expected}"

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from cases import files_of, reload, write_tokenizer
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from test_pipeline import FAKE, VLLM, evaluation_windows, logits, perplexities, tensors_of
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
@@ -128,6 +129,25 @@ def test_the_folder_for_tensorrt_is_what_its_loaders_ask_for_and_the_evaluated_m
     scales = [key for key in stored if key.endswith(("k_proj.k_scale", "v_proj.v_scale"))]
     assert len(scales) == (4 if "kvcache" in further else 0)
     assert ("kv_cache_scheme" in read_config(folder)["quantization_config"]) == ("kvcache" in further)
+
+
+def test_the_cache_that_backends_are_told_of_computes_what_was_evaluated(case, wide):
+    """compressed-tensors' own quantized cache, set up by the folder's ``config.json`` and scales: where this processor
+    has no kernel for it, vLLM refuses."""
+    both = {"eval_pos": ["fake_quant", "fake_quant_wo_kv"]}
+    run = case(wide, "RTN", quant={"weight": {**FP8, "granularity": "per_channel"}, "kvcache": CACHE}, eval=both)
+    evaluated = {one.position: one.window_losses for one in run.compress().perplexities}
+    folder, model = run.save_path / VLLM, reload(run.save_path / FAKE)
+    told = read_config(folder)["quantization_config"]["kv_cache_scheme"]
+    frozen = {"config_groups": {}, "quantization_status": "frozen", "ignore": []}
+    apply_quantization_config(model, QuantizationConfig(kv_cache_scheme=told, **frozen))
+    scales = {name: tensor for name, tensor in tensors_of(folder).items() if name.endswith(("k_scale", "v_scale"))}
+    assert len(scales) == 4 and model.load_state_dict(scales, strict=False).unexpected_keys == []
+    with torch.no_grad():
+        outputs = [(model(input_ids=ids[None]).logits[0], ids) for ids in evaluation_windows(run)]
+    theirs = torch.tensor([torch.nn.functional.cross_entropy(y[:-1], ids[1:]) for y, ids in outputs]).double()
+    ours, plain = (torch.tensor(evaluated[one], dtype=torch.float64) for one in both["eval_pos"])
+    assert (theirs - ours).abs().max() < 1e-6 < (plain - ours).abs().min() / 10
 
 
 def test_several_folders_of_one_run_hold_the_same_model(case, wide):
