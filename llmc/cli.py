@@ -218,7 +218,7 @@ def _guarded(command: Callable[[Any], int], given: Any) -> int:
 
 def _main(given: Any) -> int:
     from .algorithms import options_types
-    from .budgeting import ready
+    from .budget.budgeting import ready
     from .config import load_config
     from .report.console import Console
     from .run import run
@@ -303,10 +303,10 @@ def _check_data(given: Any) -> int:
 
 def _sensitivity(given: Any) -> int:
     from .algorithms import options_types
+    from .budget.sensing import sensitivity
     from .config import load_config
     from .report.console import Console
     from .report.sensitivities import show
-    from .sensing import sensitivity
 
     loaded, console = load_config(given.config, given.overrides, options_types()), Console()
     console.warn(loaded.warnings)

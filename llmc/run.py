@@ -16,7 +16,8 @@ from typing import Any
 from . import __version__
 from .algorithms import options_types
 from .analyzing import analysis_plan, finish_analysis
-from .budgeting import Spending, ready
+from .budget.budgeting import Spending, ready
+from .budget.sensing import settled_by_measuring
 from .config import LoadedConfig, load_config
 from .encoding import compress_encoder
 from .errors import LlmcError, RunError
@@ -32,7 +33,6 @@ from .prepare import Prepared
 from .quant import Scheme
 from .report.metrics import Measured, make_metrics, with_evaluations
 from .report.page import finish_report
-from .sensing import settled_by_measuring
 from .stream.activations import ActivationStore
 from .stream.files import write_json
 from .stream.headers import headers_digest

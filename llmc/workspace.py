@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .budget.sensitivity import FILE
 from .errors import ExportError, RunError
 from .export import EXPORTERS, Exporter, Layer, Source, copy_side_files
-from .sensitivity import FILE
 from .stream.files import place, remove_unfinished, sync_folder, write_json
 from .stream.journal import Journal
 from .stream.sink import Sink

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console as Rich
 from rich.table import Table
 
-from ..sensitivity import Sensitivity, most_sensitive
+from ..budget.sensitivity import Sensitivity, most_sensitive
 
 _MOST = 40
 

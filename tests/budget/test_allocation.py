@@ -8,7 +8,7 @@ from math import inf
 
 import pytest
 
-from llmc.allocation import Option, allocate, smallest
+from llmc.budget.allocation import Option, allocate, smallest
 
 
 def total(groups, choice, what) -> float:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmc.algorithms import Ignored, LayerPattern, Recipe, Rule
-from llmc.candidates import Candidate, choose, make_groups, settings
+from llmc.budget.candidates import Candidate, choose, make_groups, settings
+from llmc.budget.sensitivity import LayerSensitivity, Sensitivity, Trial, most_sensitive
 from llmc.config import load_config
 from llmc.config.budget import candidate_weights
 from llmc.config.places import layer_place
@@ -19,7 +20,6 @@ from llmc.export import Layer
 from llmc.models import Subset
 from llmc.models.mixture import mixture_subsets
 from llmc.quant import PerGroup, QuantSpec, Scheme
-from llmc.sensitivity import LayerSensitivity, Sensitivity, Trial, most_sensitive
 
 G64 = {"bit": 4, "symmetric": False, "granularity": "per_group", "group_size": 64}
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import llmc
-import llmc.budgeting
+import llmc.budget.budgeting
 from llmc.algorithms import options_types
 from llmc.cli import main
 from llmc.config import load_config
@@ -173,7 +173,7 @@ def test_the_choice_is_the_best_of_all_and_the_run_is_that_of_its_settings(case)
 def test_the_plan_counts_what_measuring_reads(case):
     """Three readings, of which one may leave out what is in front of the blocks and behind them."""
     run = case(quant=MIXED)
-    prepared, _ = llmc.budgeting.ready(load_config(run.content, (), options_types()))
+    prepared, _ = llmc.budget.budgeting.ready(load_config(run.content, (), options_types()))
     outside = sum(entry.nbytes for name, entry in prepared.entries.items() if ".layers." not in name)
     read = run.compress().metrics["bytes_read"]
     assert read <= prepared.estimate.read <= read + outside
@@ -245,7 +245,7 @@ def test_nothing_saved_is_evaluated_all_the_same(case):
 def test_usual_candidates_are_those_that_can_be_stored(case):
     def usual(**changes):
         run = case(quant={"mix_bits": {"budget": 5}}, **changes)
-        _, spending = llmc.budgeting.ready(load_config(run.content, (), options_types()))
+        _, spending = llmc.budget.budgeting.ready(load_config(run.content, (), options_types()))
         return [one.name for one in spending.budget.candidates]
 
     assert usual() == [*(f"W{bits} g32 asym" for bits in (2, 3, 4, 5, 6)), "W8 g32 sym"]
@@ -287,8 +287,8 @@ def test_losses_of_another_model_version_or_scheme_are_refused(case, source_of, 
         file.write_text(json.dumps(content))
         given.content["quant"]["mix_bits"] = settings
         with pytest.raises(LlmcError, match=said):
-            llmc.budgeting.ready(load_config(given.content, (), options_types()))
+            llmc.budget.budgeting.ready(load_config(given.content, (), options_types()))
     settings["candidates"] = [{"bit": 4}, {"bit": 4, "symmetric": True}]
     file.write_text(json.dumps(found))
     with pytest.raises(LlmcError, match="no losses with W4 g32 sym, only with W4 g32 asym, W8 g32 sym"):
-        llmc.budgeting.ready(load_config(run.content, (), options_types()))
+        llmc.budget.budgeting.ready(load_config(run.content, (), options_types()))

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 import llmc
 from llmc import opening, prepare
 from llmc.algorithms import options_types
+from llmc.budget.sensing import sensitivity
 from llmc.config import load_config
 from llmc.errors import ConfigError
 from llmc.models.experts import HostMemory
 from llmc.room import check_learning
-from llmc.sensing import sensitivity
 from llmc.stream import visits
 
 GROUPS = {"granularity": "per_group", "group_size": 32}

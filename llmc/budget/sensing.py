@@ -15,26 +15,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .algorithms import Measuring, Recipe, Step, options_types
+from ..algorithms import Measuring, Recipe, Step, options_types
+from ..config import LoadedConfig, load_config
+from ..config.budget import BudgetConfig
+from ..errors import ConfigError
+from ..plan import layer_bits
+from ..prepare import Prepared, prepare
+from ..stream.activations import ActivationStore
+from ..stream.engine import Engine
+from ..stream.files import write_json
+from ..stream.gradients import Gradients, Outputs
+from ..stream.headers import headers_digest
+from ..stream.journal import Journal
+from ..stream.options import Batches, EngineOptions
+from ..stream.skeleton import block_unit
+from ..stream.source import BlockSource
+from ..surveying import host_memory
+from ..workspace import STATE
 from .budgeting import Budget, Settled, check_gradients, chosen, losses_of, make_budget, settle
 from .candidates import Candidate, Group
-from .config import LoadedConfig, load_config
-from .config.budget import BudgetConfig
-from .errors import ConfigError
-from .plan import layer_bits
-from .prepare import Prepared, prepare
 from .sensitivity import FILE, LayerSensitivity, Sensitivity, Trial
-from .stream.activations import ActivationStore
-from .stream.engine import Engine
-from .stream.files import write_json
-from .stream.gradients import Gradients, Outputs
-from .stream.headers import headers_digest
-from .stream.journal import Journal
-from .stream.options import Batches, EngineOptions
-from .stream.skeleton import block_unit
-from .stream.source import BlockSource
-from .surveying import host_memory
-from .workspace import STATE
 
 _CHOICE = "mix_bits"  # kind of the journal's row
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .algorithms import Recipe, first_scheme
+from ..algorithms import Recipe, first_scheme
+from ..config.schema import QuantConfig
+from ..config.tensors import WeightConfig
+from ..errors import ConfigError
+from ..export import Layer, expert_layer
+from ..models import Subset
+from ..plan import layer_bits
+from ..quant import QuantSpec
 from .allocation import Option, allocate
-from .config.schema import QuantConfig
-from .config.tensors import WeightConfig
-from .errors import ConfigError
-from .export import Layer, expert_layer
-from .models import Subset
-from .plan import layer_bits
-from .quant import QuantSpec
 from .sensitivity import collapsed_kind
 
 PREFIX = "budget_"

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 import yaml
 
-from . import prepare as preparing
-from .algorithms import options_types
+from .. import prepare as preparing
+from ..algorithms import options_types
+from ..config import LoadedConfig, load_config
+from ..config.budget import BudgetConfig, candidate_weights
+from ..config.schema import QuantConfig
+from ..config.tensors import WeightConfig
+from ..errors import ConfigError, LlmcError
+from ..plan import Estimate, bits_per_weight, make_layers, original_bytes, outside_layers
+from ..prepare import Prepared, check_exporters, source_of
+from ..schemes import weight_spec
+from ..stream.headers import headers_digest
+from ..translate import make_exporters, make_recipe_of, packing_of
+from ..translate_kv import make_kv
 from .candidates import Candidate, Group, choose, make_groups, settings
-from .config import LoadedConfig, load_config
-from .config.budget import BudgetConfig, candidate_weights
-from .config.schema import QuantConfig
-from .config.tensors import WeightConfig
-from .errors import ConfigError, LlmcError
-from .plan import Estimate, bits_per_weight, make_layers, original_bytes, outside_layers
-from .prepare import Prepared, check_exporters, source_of
-from .schemes import weight_spec
 from .sensitivity import Sensitivity, read_sensitivity
-from .stream.headers import headers_digest
-from .translate import make_exporters, make_recipe_of, packing_of
-from .translate_kv import make_kv
 
 _KEY = "quant.mix_bits"
 
