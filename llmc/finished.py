@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .quant import UnitRecord
 from .report.metrics import READABLE
 from .stream.sink import Sink
 from .stream.skeleton import EMBED, HEAD, block_unit
-from .workspace import METRICS, is_unfinished
+from .workspace import CLUSTERS, METRICS, is_unfinished
 
 PARTS = "parts"  # of the one file that a format is
 OTHER_MODEL = "the model isn't the one that the run compressed: name that with --model, for eval as model.path"
@@ -156,7 +156,19 @@ def open_finished(folder: Path, metrics: Mapping[str, Any], prepared: Prepared) 
             f"{folder} holds no weights that can be read back, only {', '.join(metrics['outputs']) or 'numbers'}",
             "next time set save.save_fake: True, say, in the run itself",
         )
-    if prepared.recipe.clusters and any("clusters" not in row for row in rows.values()):
-        method = prepared.recipe.steps[-1].algorithm.name
-        raise RunError(f"{folder}: the clusters of {method} aren't kept", "evaluate in the run itself")
+    if prepared.recipe.clusters:
+        clusters = _read_clusters(folder / CLUSTERS, rows)
+        rows = {unit: {**row, "clusters": clusters[unit]} for unit, row in rows.items()}
     return Evaluable(prepared, written, transformed, rows, selection.dropped)
+
+
+def _read_clusters(file: Path, units: Collection[str]) -> dict[str, Any]:
+    """Of each block, what rounds tensors inside it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {unit: content["blocks"][unit] for unit in units}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise RunError(
+            f"{file} is missing or damaged ({problem}): without its clusters the run's model can't be gone through",
+            "do the run again, or evaluate in it",
+        ) from problem

@@ -179,7 +179,7 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
         )
         store.drop_mapped()
         if kept:
-            workspace.finish(metrics)
+            workspace.finish(metrics, {row["unit"]: row["clusters"] for row in journal.rows if row.get("clusters")})
         result = _with_answers(prepared, Result(root if kept else None, outputs, evaluations, metrics), listener)
         return _with_report(prepared, result)
 

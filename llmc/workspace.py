@@ -23,9 +23,10 @@ STATE = ".llmc"
 METRICS = "metrics.json"
 REPORT = "report.html"
 SURFACES = "surfaces.safetensors"
+CLUSTERS = "clusters.json"
 _FINGERPRINT = "fingerprint.json"
 CONFIG = "config.json"
-_OURS = {STATE, METRICS, REPORT, SURFACES, *(exporter.folder for exporter in EXPORTERS)}
+_OURS = {STATE, METRICS, REPORT, SURFACES, CLUSTERS, *(exporter.folder for exporter in EXPORTERS)}
 
 OnExisting = Literal["fail", "overwrite", "resume"] | None
 
@@ -209,8 +210,14 @@ class Workspace:
             "serve": exporter.serve(folder),
         }
 
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Write ``metrics.json`` and forget how we got here."""
+    def finish(self, metrics: Mapping[str, Any], clusters: Mapping[str, Any]) -> None:
+        """Write ``metrics.json`` and forget how we got here.
+
+        ``clusters`` are those of each block, by its unit, where tensors inside it are rounded by clusters of channels:
+        no format stores them, and without them the model can't be gone through again.
+        """
+        if clusters:
+            write_json(self.path / CLUSTERS, {"schema": 1, "blocks": clusters})
         write_json(self.path / METRICS, metrics)
         self._forget()
         sync_folder(self.path)

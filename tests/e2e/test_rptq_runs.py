@@ -12,6 +12,7 @@ from cases import WINDOW, WINDOWS, reload
 from safetensors.torch import load_file, save_file
 
 import llmc
+from llmc.cli import main
 from llmc.errors import ConfigError, ExportError, ModelError
 
 CLUSTERS = {"R1_clusters": 8, "R2_clusters": 3, "R3_clusters": 3, "R4_clusters": 8, "R5_clusters": 8}
@@ -52,6 +53,21 @@ def test_the_written_checkpoint_is_the_evaluated_model(rptq, name):
     windows = result.perplexities[0].windows
     assert perplexity(result) == pytest.approx(whole_model(model, run, windows), rel=2e-6)
     assert perplexity(result) != pytest.approx(perplexity(result, "pretrain"), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen3"])
+def test_a_finished_run_is_measured_again(rptq, capsys, name):
+    """With all that is rounded: no format stores the clusters of activations, the run keeps them beside its numbers."""
+    run = rptq(name)
+    expected = perplexity(run.compress())
+    file = run.save_path / "metrics.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "evaluation": []}))
+    assert main(["eval", *run.arguments]) == 0
+    found = {one["position"]: one["value"] for one in json.loads(file.read_text())["evaluation"]}
+    assert found["fake_quant"] == expected
+    (run.save_path / "clusters.json").write_text('{"schema": 1, "blocks": {}}')
+    assert main(["eval", *run.arguments]) == 2
+    assert "clusters.json is missing or damaged ('block-0')" in capsys.readouterr().err
 
 
 def whole_model(model, run, count):
