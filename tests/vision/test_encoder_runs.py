@@ -12,8 +12,8 @@ import torch
 from forked import killed_after
 from runs import logits, make_tokenizer, settings, with_images, write_samples
 from test_encoder_blocks import watched
-from test_vision_runs import FAKE, VLLM, digests, mixed_samples, reload, source, tensors, text
-from tiny_vision import CONFIGS, image_sample
+from test_vision_runs import FAKE, VLLM, digests, reload, source, tensors, text
+from tiny_vision import CONFIGS, image_sample, mixed_samples
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
@@ -278,8 +278,8 @@ def test_killed_and_resumed_the_encoder_has_the_same_bytes(source, text, tmp_pat
     once = {"base": {"checkpoint_every": 1}, "save": {"save_fake": False}}
     calm, killed = (both(source(name), text, tmp_path / part, vision, "GPTQ", **once) for part in ("calm", "killed"))
     llmc.compress(calm)
-    for rows in (1, 1, 2, 2):  # behind the first block, its activations, into the second list, into the language blocks
-        assert killed_after(rows, killed)
+    # Behind the first block, behind its activations, into the second list, into the language blocks.
+    assert all(killed_after((1, 1, 2, 2), name, killed))
     llmc.compress(killed)
     assert digests(tmp_path / "calm") == digests(tmp_path / "killed") != {}
     assert not (tmp_path / "killed" / ".llmc").exists()

@@ -14,7 +14,7 @@ from forked import killed_after
 from runs import logits, make_tokenizer, settings, with_images, words, write_processor, write_samples
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_vision import CONFIGS, SEVEN, image_sample, text_sample
+from tiny_vision import CONFIGS, SEVEN, image_sample, mixed_samples
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
@@ -25,7 +25,6 @@ from llmc.config import load_config
 from llmc.errors import ConfigError, DataError, ExportError, ModelError
 from llmc.prepare import prepare
 from llmc.run import _fingerprint
-from llmc.stream.batch import Batch
 
 VLLM, FAKE = "vllm_quant_model", "fake_quant_model"
 EVAL = {"name": "text", "seq_len": 16, "num_chunks": 2, "bs": 1, "eval_pos": ["pretrain", "fake_quant"]}
@@ -130,10 +129,6 @@ def test_calibrated_with_images_it_loads_again(source, questions, text, tmp_path
     assert not any(note["fallback"] for row in result.metrics["blocks"] for note in row["layers"].values())
 
 
-def mixed_samples(name: str) -> list[Batch]:
-    return [image_sample(name).batch, text_sample(12).batch, image_sample(name, seed=1).batch]
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_statistics_are_those_of_the_whole_model_on_images_and_text(vision, source, text, monkeypatch, name):
     """SmoothQuant's scales, from what hooks on Transformers' own model see: positions, masks, cross-attention and what
@@ -169,8 +164,7 @@ def test_killed_and_resumed_it_writes_the_same_bytes(source, text, tmp_path, mon
     once = {"base": {"checkpoint_every": 1}, "save": {"save_fake": False}}
     calm, killed = (settings(source(name), text, tmp_path / part, "GPTQ", **once) for part in ("calm", "killed"))
     llmc.compress(calm)
-    for rows in (1, 2, 2):  # behind the embedding, behind a block and its activations
-        assert killed_after(rows, killed)
+    assert all(killed_after((1, 2, 2), name, killed))  # behind the embedding, behind a block and its activations
     llmc.compress(killed)
     assert digests(tmp_path / "calm") == digests(tmp_path / "killed") != {}
 

@@ -257,3 +257,8 @@ def fresh_config(name: str) -> PreTrainedConfig:
     """A copy that a test may change."""
     config = CONFIGS[name]
     return AutoConfig.for_model(config.model_type).from_dict(config.to_dict())
+
+
+def mixed_samples(name: str) -> list[Batch]:
+    """Two with an image and one without."""
+    return [image_sample(name).batch, text_sample(12).batch, image_sample(name, seed=1).batch]
