@@ -166,6 +166,8 @@ def _read_clusters(file: Path, units: Collection[str]) -> dict[str, Any]:
     """Of each block, what rounds tensors inside it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if content["schema"] != 1:
+            raise ValueError(f"it has schema {content['schema']}, not 1")
         return {unit: content["blocks"][unit] for unit in units}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise RunError(

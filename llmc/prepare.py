@@ -142,13 +142,13 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
         torch.set_num_threads(config.base.threads)
     set_seed(config.base.seed)
     model = open_model(config, device)
-    adapter, skeleton, entries, warnings = model.adapter, model.skeleton, model.checkpoint.entries, model.warnings
+    adapter, skeleton, entries, warnings = model.adapter, model.skeleton, model.checkpoint.entries, [*model.warnings]
     subsets = adapter.block_subsets(model.config.get_text_config(), skeleton.blocks)
     check_linears(skeleton.blocks, subsets)
     heads = adapter.heads(model.config.get_text_config())
     encoder, language = plan_encoder(config, adapter, skeleton, entries, model.stored)
     recipe = make_recipe_of(language, model.stored, make_kv(config, heads))
-    check_learning(recipe, skeleton, entries, device)
+    check_learning(recipe, skeleton, subsets, device)
     _check_recipe(config, recipe, skeleton, subsets)
     check_images(config, recipe, adapter)
     frame = _frame(recipe, adapter, skeleton, subsets)
@@ -202,7 +202,7 @@ def prepare(loaded: LoadedConfig, *, texts: frozenset[str] = _TEXTS) -> Prepared
         sample=sample,
         encoder=encoder,
     )
-    if "eval" not in texts or read.tokenizer is None:
+    if "eval" not in texts:
         return prepared
     jobs = prepare_jobs(prepared, read.tokenizer)
     return replace(prepared, jobs=jobs, warnings=warnings + jobs.warnings)

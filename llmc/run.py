@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -108,7 +108,8 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
     with ExitStack() as stack:
         # Without a folder to resume from, a run's state is worth nothing after it.
         kept = save_path is not None and prepared.changes
-        root = Path(save_path).expanduser() if kept and save_path else stack.enter_context(_temporary())
+        folder = save_path if kept and save_path else stack.enter_context(tempfile.TemporaryDirectory())
+        root = Path(folder).expanduser()
         workspace = Workspace(root, prepared.config.save.on_existing if kept else None, _fingerprint(prepared))
         _check_disk(prepared, workspace)
         journal = workspace.open()
@@ -182,12 +183,6 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
             workspace.finish(metrics, {row["unit"]: row["clusters"] for row in journal.rows if row.get("clusters")})
         result = _with_answers(prepared, Result(root if kept else None, outputs, evaluations, metrics), listener)
         return _with_report(prepared, result)
-
-
-@contextmanager
-def _temporary() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 def _check_disk(prepared: Prepared, workspace: Workspace) -> None:

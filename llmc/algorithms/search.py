@@ -108,7 +108,7 @@ def _trial(view: SubsetView, scale: Tensor, shift: Tensor | None) -> Iterator[No
     plain = view.act is None and shift is None
 
     def changed(name: str) -> tuple[Tensor, Tensor | None]:
-        weight, bias = view.weight(name), view.bias(name)
+        weight, bias = view.weight(name), None if shift is None else view.bias(name)
         rounded = _rounded(weight * scale, view.specs[name])
         moved = None if shift is None or bias is None else bias + weight @ shift
         return (rounded.div_(scale) if plain else rounded), moved

@@ -324,7 +324,7 @@ class BlockWork:
         """
         self.notes |= {name: note.behind(self.notes.get(name)) for name, note in view.notes.items()}
         for name, pruned in view.weights.items():
-            self.pruned[name] = self._visits.kept_mask(view.subset, self.pruned[name])
+            self.pruned[name] = self._visits.kept(view.subset, self.pruned[name])
             linear = self._own.linear(name)
             # What no quantizer follows is stored like this: go on with what is written.
             final = name not in view.specs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..algorithms import SubsetView
 from ..models import fold_scale, fold_shift
+from ..models.experts import working_on
 from .stored import StoredBlock
 from .visits import Visits
 
@@ -23,8 +24,8 @@ def fold(view: SubsetView, visits: Visits, weights: StoredBlock) -> tuple[float,
         return None
     (scale, rule), linears, prev = view.scale, list(view.linears.values()), view.subset.prev
     readers = [*linears, *map(weights.block.get_submodule, view.subset.also)]
-    for absorbing in visits.one_by_one([view.prev]):
+    with working_on(weights.block, [view.prev]):
         if view.shift is not None:
-            fold_shift(absorbing, visits.one_by_one(linears), view.shift, weights.dtype(f"{prev}.bias"))
-        fold_scale(absorbing, visits.one_by_one(readers), scale, rule, weights.dtype(f"{prev}.weight"))
+            fold_shift(view.prev, visits.one_by_one(linears), view.shift, weights.dtype(f"{prev}.bias"))
+        fold_scale(view.prev, visits.one_by_one(readers), scale, rule, weights.dtype(f"{prev}.weight"))
     return float(scale.min()), float(scale.max())

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.experts import fetched_again
 from .activations import ActivationStore, Stream
 from .batch import Batch
 from .calls import head_logits
@@ -30,6 +29,7 @@ from .skeleton import EMBED, HEAD, Skeleton, block_unit
 from .source import BlockSource
 from .stages import BlockRun
 from .training import repeatable
+from .visits import Visits
 
 _HEAD_TOKENS = 256  # logits, and their gradients, are made for so many tokens at a time
 _GRADIENT = "gradient"
@@ -167,7 +167,7 @@ class Gradients:
         with (
             torch.enable_grad(),
             _frozen(run.block),
-            fetched_again(run.block),
+            Visits.of(run.block).for_gradients(),
             _watching(linears) as found,
         ):
             for batch in range(len(run.inputs)):

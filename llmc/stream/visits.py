@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..algorithms import SubsetView
 from ..models import Subset
-from ..models.experts import HostMemory, LinearExperts, working_on
+from ..models.experts import HostMemory, LinearExperts, fetched_again, working_on
 from ..quant import QWeight
 from .parts import Unit
 
@@ -19,6 +19,7 @@ _TOGETHER = 2**30  # bytes of weights, as float32, of experts that are worked on
 
 _T = TypeVar("_T")
 _Module = TypeVar("_Module", bound=nn.Module)
+_Kept = TypeVar("_Kept", Tensor, QWeight)
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,15 @@ class Visits:
         weights one by one.
         """
         linears = [linear for view in views for linear in view.linears.values()]
-        stays = not unit.experts and unit.subset.experts is not None and self.home is not None
-        if stays and not self.home_has_room(linears):
+        if not unit.experts and self._stays(unit.subset) and not self._has_room(linears):
             return nullcontext()
         return working_on(self.block, linears)
 
-    def home_has_room(self, linears: Iterable[nn.Linear]) -> bool:
-        """Whether all weights of these may be on the device together."""
-        return self.home is None or self.home.has_room_for(sum(linear.weight.nbytes for linear in linears))
+    def for_gradients(self) -> AbstractContextManager[None]:
+        """Within the context gradients go through the block. Where the device has no room for all of its experts, they
+        visit on the way back as on the way forth."""
+        linears = [module for module in self.block.modules() if isinstance(module, nn.Linear)]
+        return working_on(self.block, linears) if self._has_room(linears) else fetched_again(self.block)
 
     def one_by_one(self, modules: Iterable[_Module]) -> Iterator[_Module]:
         """Modules, each on the device until the next one is asked for."""
@@ -72,13 +74,17 @@ class Visits:
             with working_on(self.block, [module]):
                 yield module
 
-    def kept(self, subset: Subset, codes: QWeight) -> QWeight:
-        """The finished weight of a Linear where it may stay until the block is written."""
-        return codes if self.home is None or subset.experts is None else codes.to("cpu")
+    def kept(self, subset: Subset, finished: _Kept) -> _Kept:
+        """The codes of a Linear, or what a pruner has made 0 of it, where it may stay until the block is written."""
+        return finished.to("cpu") if self._stays(subset) else finished
 
-    def kept_mask(self, subset: Subset, mask: Tensor) -> Tensor:
-        """Likewise what a pruner has made 0."""
-        return mask if self.home is None or subset.experts is None else mask.cpu()
+    def _stays(self, subset: Subset) -> bool:
+        """Whether weights of a subset are in the host's memory while nobody needs them."""
+        return self.home is not None and subset.experts is not None
+
+    def _has_room(self, linears: Iterable[nn.Linear]) -> bool:
+        """Whether all weights of these may be on the device together."""
+        return self.home is None or self.home.has_room_for(sum(linear.weight.nbytes for linear in linears))
 
 
 def _size(module: nn.Module) -> int:

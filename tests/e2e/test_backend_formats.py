@@ -12,9 +12,11 @@ from test_pipeline import FAKE, VLLM, evaluation_windows, logits, perplexities, 
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 import llmc
+from llmc.evaluating import stream_logits
 from llmc.export import read_config
 from llmc.export.modelopt_layouts import ALGORITHMS
 from llmc.export.trtllm_check import check_trtllm
+from llmc.finished import open_finished, prepare_again, read_metrics
 from llmc.quant import PerChannel, PerGroup, PerTensor, QuantSpec
 from llmc.run import Silent
 
@@ -134,20 +136,27 @@ def test_the_folder_for_tensorrt_is_what_its_loaders_ask_for_and_the_evaluated_m
 def test_the_cache_that_backends_are_told_of_computes_what_was_evaluated(case, wide):
     """compressed-tensors' own quantized cache, set up by the folder's ``config.json`` and scales: where this processor
     has no kernel for it, vLLM refuses."""
-    both = {"eval_pos": ["fake_quant", "fake_quant_wo_kv"]}
-    run = case(wide, "RTN", quant={"weight": {**FP8, "granularity": "per_channel"}, "kvcache": CACHE}, eval=both)
-    evaluated = {one.position: one.window_losses for one in run.compress().perplexities}
-    folder, model = run.save_path / VLLM, reload(run.save_path / FAKE)
+    run = case(
+        wide, "RTN", quant={"weight": {**FP8, "granularity": "per_channel"}, "kvcache": CACHE}, eval={"eval_pos": []}
+    )
+    run.compress()
+    folder, model, windows = run.save_path / VLLM, reload(run.save_path / FAKE), list(evaluation_windows(run))
     told = read_config(folder)["quantization_config"]["kv_cache_scheme"]
     frozen = {"config_groups": {}, "quantization_status": "frozen", "ignore": []}
     apply_quantization_config(model, QuantizationConfig(kv_cache_scheme=told, **frozen))
     scales = {name: tensor for name, tensor in tensors_of(folder).items() if name.endswith(("k_scale", "v_scale"))}
     assert len(scales) == 4 and model.load_state_dict(scales, strict=False).unexpected_keys == []
+    metrics = read_metrics(run.save_path)
+    done = open_finished(run.save_path, metrics, prepare_again(metrics))
+    ours = {state: [] for state in ("fake_quant", "fake_quant_wo_kv")}
+    for state, seen in ours.items():
+        stream_logits(
+            done, state, [ids[None] for ids in windows], lambda _, start, logits, seen=seen: seen.append(logits)
+        )
     with torch.no_grad():
-        outputs = [(model(input_ids=ids[None]).logits[0], ids) for ids in evaluation_windows(run)]
-    theirs = torch.tensor([torch.nn.functional.cross_entropy(y[:-1], ids[1:]) for y, ids in outputs]).double()
-    ours, plain = (torch.tensor(evaluated[one], dtype=torch.float64) for one in both["eval_pos"])
-    assert (theirs - ours).abs().max() < 1e-6 < (plain - ours).abs().min() / 10
+        theirs = [model(input_ids=ids[None]).logits for ids in windows]
+    assert all(torch.equal(*pair) for pair in zip(theirs, ours["fake_quant"], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(theirs, ours["fake_quant_wo_kv"], strict=True))
 
 
 def test_several_folders_of_one_run_hold_the_same_model(case, wide):

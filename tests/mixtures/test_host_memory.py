@@ -24,7 +24,7 @@ from llmc.budget.sensing import sensitivity
 from llmc.config import load_config
 from llmc.errors import ConfigError
 from llmc.models.experts import HostMemory
-from llmc.room import check_learning
+from llmc.room import check_learning, learning_bytes
 from llmc.stream import visits
 
 GROUPS = {"granularity": "per_group", "group_size": 32}
@@ -170,11 +170,27 @@ def test_gradients_go_through_experts_that_visit(source, tmp_path, request):
     assert 0 < _EVERY[0].peak <= expert_bytes(source)
 
 
+@pytest.mark.parametrize(("dtype", "each", "rounded"), [("float32", 4, 4), ("bfloat16", 2 + 4 + 2, 4)])
+def test_what_learning_takes_at_least(source, tmp_path, dtype, each, rounded):
+    """A linear layer that is left alone isn't tried; the router, the norms and the shared expert's gate never are."""
+    content = settings(source, tmp_path / "out", method="OmniQuant")
+    content["model"]["torch_dtype"] = dtype
+    content["ignored_layers"] = {"layer_names": ["o_proj"]}
+    prepared = prepare.prepare(load_config(content, (), options_types()))
+    blocks = [dict(block.named_parameters()) for block in prepared.skeleton.blocks]
+    plain = ("o_proj.weight", "mlp.gate.weight", "norm.weight", "shared_expert_gate.weight", ".bias")
+    expected = max(
+        sum(one.numel() * (each + rounded * (not name.endswith(plain))) for name, one in block.items())
+        for block in blocks
+    )
+    assert learning_bytes(prepared.recipe, prepared.skeleton, prepared.subsets) == expected
+
+
 @pytest.mark.parametrize(("free", "fits"), [(10**12, True), (10**3, False)])
 def test_learning_a_block_that_does_not_fit_is_refused(source, tmp_path, monkeypatch, free, fits):
     prepared = prepare.prepare(load_config(settings(source, tmp_path / "out", method="OmniQuant"), (), options_types()))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
-    ask = partial(check_learning, prepared.recipe, prepared.skeleton, prepared.entries, torch.device("cuda"))
+    ask = partial(check_learning, prepared.recipe, prepared.skeleton, prepared.subsets, torch.device("cuda"))
     if fits:
         ask()
         return
