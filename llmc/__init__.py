@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 __all__ = ["LlmcError", "Result", "__version__", "compress", "load_config"]
 
 if TYPE_CHECKING:
-    from .config import load_config
+    from .configuring import load_config
     from .errors import LlmcError
     from .run import Result, compress
 
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(run, name)
     if name == "load_config":
-        from .config import load_config
+        from .configuring import load_config
 
         return load_config
     if name == "LlmcError":

@@ -217,13 +217,12 @@ def _guarded(command: Callable[[Any], int], given: Any) -> int:
 
 
 def _main(given: Any) -> int:
-    from .algorithms import options_types
     from .budget.budgeting import ready
-    from .config import load_config
+    from .configuring import load_config
     from .report.console import Console
     from .run import run
 
-    loaded = load_config(given.config, given.overrides, options_types())
+    loaded = load_config(given.config, given.overrides)
     console = Console(given.task_id)
     console.warn(loaded.warnings)
     prepared, spending = ready(loaded)
@@ -241,12 +240,11 @@ def _main(given: Any) -> int:
 
 
 def _eval(given: Any) -> int:
-    from .algorithms import options_types
-    from .config import load_config
+    from .configuring import load_config
     from .reevaluating import reevaluate
     from .report.console import Console
 
-    loaded = load_config(given.config, given.overrides, options_types())
+    loaded = load_config(given.config, given.overrides)
     console = Console()
     console.warn(loaded.warnings)
     with console.progress() as listener:
@@ -302,13 +300,12 @@ def _check_data(given: Any) -> int:
 
 
 def _sensitivity(given: Any) -> int:
-    from .algorithms import options_types
     from .budget.sensing import sensitivity
-    from .config import load_config
+    from .configuring import load_config
     from .report.console import Console
     from .report.sensitivities import show
 
-    loaded, console = load_config(given.config, given.overrides, options_types()), Console()
+    loaded, console = load_config(given.config, given.overrides), Console()
     console.warn(loaded.warnings)
     with console.progress() as listener:
         found, file = sensitivity(loaded, listener.phase)

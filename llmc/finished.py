@@ -9,8 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .algorithms import options_types
-from .config import load_config
+from .configuring import load_config
 from .errors import RunError
 from .evaluating import Evaluable
 from .export import Exporter, check_shard
@@ -85,7 +84,7 @@ def prepare_again(
     if evaluations is not None:
         config["eval"] = evaluations
     texts = frozenset({"eval"}) if evaluations is not None else frozenset()
-    prepared = prepare(load_config(config, (), options_types()), texts=texts)
+    prepared = prepare(load_config(config), texts=texts)
     found, wanted = original_bytes(prepared.checkpoint), metrics["model"]["bytes"]
     if found != wanted or len(prepared.skeleton.blocks) != metrics["model"]["blocks"]:
         raise RunError(f"{prepared.folder} holds {found} bytes of weights, the run read {wanted}", OTHER_MODEL)

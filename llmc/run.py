@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .algorithms import options_types
 from .analyzing import analysis_plan, finish_analysis
 from .budget.budgeting import Spending, ready
 from .budget.sensing import settled_by_measuring
-from .config import LoadedConfig, load_config
+from .config import LoadedConfig
+from .configuring import load_config
 from .encoding import compress_encoder
 from .errors import LlmcError, RunError
 from .eval.measure import Evaluated
@@ -94,7 +94,7 @@ def compress(
     Raises:
         LlmcError: bad input; nothing has been written unless the message says so.
     """
-    loaded = config if isinstance(config, LoadedConfig) else load_config(config, overrides, options_types())
+    loaded = config if isinstance(config, LoadedConfig) else load_config(config, overrides)
     prepared, spending = ready(loaded)
     return run(prepared, listener or Silent(), spending)
 

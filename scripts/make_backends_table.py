@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from llmc.algorithms import options_types
-from llmc.config import load_config
+from llmc.configuring import load_config
 from llmc.errors import ExportError
 from llmc.export import EXPORTERS, Exporter, Layer
 from llmc.models import Heads
@@ -102,7 +101,7 @@ def judged(kind: type[Exporter], quant: Mapping[str, Any]) -> tuple[str, str]:
         "quant": {"method": "RTN", **quant},
         "save": {"save_path": "out", kind.name: True},
     }
-    config = load_config(content, (), options_types()).config
+    config = load_config(content).config
     try:
         recipe = make_recipe_of(config, torch.bfloat16, make_kv(config, Heads(32, 8, 128)))
         found = layers(recipe.scheme)

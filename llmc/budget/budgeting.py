@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from .. import prepare as preparing
-from ..algorithms import options_types
-from ..config import LoadedConfig, load_config
+from ..config import LoadedConfig
 from ..config.budget import BudgetConfig, candidate_weights
 from ..config.schema import QuantConfig
 from ..config.tensors import WeightConfig
+from ..configuring import load_config
 from ..errors import ConfigError, LlmcError
 from ..plan import Estimate, bits_per_weight, make_layers, original_bytes, outside_layers
 from ..prepare import Prepared, check_exporters, source_of
@@ -181,7 +181,7 @@ def with_settings(prepared: Prepared, mix_bits: Mapping[str, Any]) -> Prepared:
     resolved = copy.deepcopy(prepared.loaded.resolved)
     resolved["quant"]["mix_bits"] |= json.loads(json.dumps(mix_bits))
     resolved["quant"]["bit_budget"] = None
-    loaded = replace(load_config(resolved, (), options_types()), warnings=prepared.loaded.warnings)
+    loaded = replace(load_config(resolved), warnings=prepared.loaded.warnings)
     config, skeleton, entries = loaded.config, prepared.skeleton, prepared.entries
     recipe = make_recipe_of(config, prepared.stored, make_kv(config, prepared.heads))
     online = recipe.online(prepared.frame)

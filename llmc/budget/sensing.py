@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..algorithms import Measuring, Recipe, Step, options_types
-from ..config import LoadedConfig, load_config
+from ..algorithms import Measuring, Recipe, Step
+from ..config import LoadedConfig
 from ..config.budget import BudgetConfig
+from ..configuring import load_config
 from ..errors import ConfigError
 from ..plan import layer_bits
 from ..prepare import Prepared, prepare
@@ -159,7 +160,7 @@ def sensitivity(loaded: LoadedConfig, phase: Callable[[str], None]) -> tuple[Sen
     resolved = copy.deepcopy(loaded.resolved)
     resolved["eval"] = []
     resolved["quant"]["bit_budget"] = {**(resolved["quant"]["bit_budget"] or {}), "bits": None, "losses": None}
-    prepared = prepare(load_config(resolved, (), options_types()))
+    prepared = prepare(load_config(resolved))
     check_gradients(prepared)
     quant = prepared.config.quant
     budget = make_budget(prepared, (quant.bit_budget if quant else None) or BudgetConfig.defaults())

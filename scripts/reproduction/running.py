@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmc.algorithms import options_types
-from llmc.config import load_config
+from llmc.configuring import load_config
 from llmc.errors import ConfigError
 
 from .places import Places
@@ -110,7 +109,7 @@ class Runner:
 
     def _found(self, cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...]]:
         try:
-            config = load_config(cell.config, cell.overrides, options_types()).config
+            config = load_config(cell.config, cell.overrides).config
         except ConfigError as error:
             raise ConfigError(f"cell {cell.id}: {error.message}", error.remedy) from error
         found = self.places.find(cell.model, self.models[cell.model], config)
@@ -125,7 +124,7 @@ class Runner:
             metrics: dict[str, Any] = json.loads(self._file(cell).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        wanted = load_config(cell.config, overrides, options_types()).resolved
+        wanted = load_config(cell.config, overrides).resolved
         return metrics if _result_keys(metrics.get("config", {})) == _result_keys(wanted) else None
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from ...algorithms import options_types
-from ...config import load_config
+from ...configuring import load_config
 from ...errors import LlmcError
 
 _INSTALLED = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers")
@@ -35,7 +34,7 @@ def shortened(config: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved configuration without the values that a key has by default; whole, where this version of llmc doesn't
     know one of its keys."""
     try:
-        known = load_config(dict(config), (), options_types()).config
+        known = load_config(dict(config)).config
     except LlmcError:
         return dict(config)
     short: dict[str, Any] = known.model_dump(mode="json", exclude_defaults=True)
