@@ -71,11 +71,12 @@ def test_gptq_loses_less_than_rounding_to_nearest(family, tmp_path):
         "GPTQ": compress(folder, tmp_path / "gptq", "GPTQ"),
         "all tokens": compress(folder, tmp_path / "all", "GPTQ", moe="all_tokens"),
     }
-    original = found["RTN"]["pretrain"]
+    original, nearest = found["RTN"]["pretrain"], found["RTN"]["fake_quant"]
     print(f"{family}: unigram {unigram:.2f}, original {original:.3f}, {found}")
     assert original < 0.75 * unigram
     assert original == pytest.approx(whole_model_perplexity(folder, tokens), rel=1e-5)
-    for name in ("GPTQ", "all tokens"):
-        assert original < found[name]["fake_quant"] < found["RTN"]["fake_quant"]
+    assert original < nearest
+    for name in ("GPTQ", "all tokens"):  # they may be below the original: on so short a text by chance
+        assert found[name]["fake_quant"] - original < 2 / 3 * (nearest - original)
     fake = whole_model_perplexity(tmp_path / "gptq" / "fake_quant_model", tokens)
     assert found["GPTQ"]["fake_quant"] == pytest.approx(fake, rel=1e-5)
