@@ -64,8 +64,9 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 PROVED = {
     "save_vllm": "compressed-tensors' own compression and decompression; Transformers' logits bit for bit; the real "
-    "vLLM on a CPU for W4A16, W8A8, W4A8 and FP8 (integer products in plain torch, for want of AVX-512); the scales "
-    "of the FP8 cache are read back, and compressed-tensors' own cache computes with them what was evaluated",
+    "vLLM on a CPU for W4A16, W8A8, W4A8 and FP8 (plain torch stands in for integer products where a processor lacks "
+    "AVX-512 and VNNI), and with the FP8 cache; compressed-tensors' own cache computes with its scales what was "
+    "evaluated",
     "save_sgl": "the tensors are those of `save_vllm`; the table follows the loader's source, never run",
     "save_trtllm": "nvidia-modelopt's own export of the same model: names, dtypes, shapes, packed bytes; the loader's "
     "rules restated; never run",
