@@ -80,6 +80,7 @@ def config(cell: Cell, args: argparse.Namespace, folder: Path) -> dict[str, Any]
         "model": {"type": "auto", "path": str(args.model), "torch_dtype": "torch.float32"},
         "eval": evaluation,
         "save": {"save_path": str(folder / "run"), "on_existing": "resume"},
+        "report": {"html": False, "analysis": False},  # a tenth of a cell's time
     }
     if samples is not None:
         whole["calib"] = {
