@@ -17,10 +17,10 @@ from .export import EXPORTERS, Exporter, Layer
 from .finished import OTHER_MODEL, FinishedSink, prepare_again, read_metrics, selection_of, sink_of
 from .models import BlockSelection
 from .models.mixture import in_solving_order
+from .outputs import stored_config, stored_source
 from .prepare import Prepared, check_exporters, source_of
 from .quant import InputRange, KvRanges, QuantSpec, QWeight, Scheme, UnitRecord, cache_scales
 from .report.page import refresh_report
-from .run import stored_config, stored_source
 from .stream.files import sync_folder, write_json
 from .stream.skeleton import EMBED, HEAD, block_unit
 from .surveying import kept_layers

@@ -45,16 +45,37 @@ class Measured:
     peak_device: int
 
 
+@dataclass(frozen=True)
+class About:
+    """What was run, in plain values.
+
+    Attributes:
+        config: the configuration, complete.
+        versions: of the libraries that numbers depend on.
+        model: where it is from, what it is, and what it's computed in.
+        scheme: of the weights that have no scheme of their own.
+        sparsity: the pattern and what was asked for.
+        activations: the scheme of inputs.
+        mixed: other schemes, each with its layers.
+        kv_scheme: the scheme of the KV cache.
+        calibration_tokens: how many.
+    """
+
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    model: Mapping[str, Any]
+    scheme: Mapping[str, Any] | None
+    sparsity: Mapping[str, Any] | None
+    activations: Mapping[str, Any] | None
+    mixed: Sequence[Mapping[str, Any]]
+    kv_scheme: Mapping[str, Any] | None
+    calibration_tokens: int
+
+
 def make_metrics(
+    about: About,
+    measured: Measured,
     *,
-    config: Mapping[str, Any],
-    versions: Mapping[str, str],
-    model: Mapping[str, Any],
-    scheme: Mapping[str, Any] | None,
-    sparsity: Mapping[str, Any] | None,
-    activations: Mapping[str, Any] | None,
-    mixed: Sequence[Mapping[str, Any]],
-    kv_scheme: Mapping[str, Any] | None,
     bits: float | None,
     budget: Mapping[str, Any] | None,
     influence: Mapping[str, Any] | None,
@@ -62,9 +83,7 @@ def make_metrics(
     evaluations: Sequence[Evaluated],
     outputs: Mapping[str, Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
-    calibration_tokens: int,
     analysis: Mapping[str, Any] | None,
-    measured: Measured,
 ) -> dict[str, Any]:
     """Plain values. What ``analysis``, ``layers`` and ``activations`` say of each layer is in docs/analysis.md.
     ``layers`` gives each Linear's relative output error, the damping that GPTQ needed and why a layer fell back;
@@ -88,19 +107,19 @@ def make_metrics(
     ]
     return {
         "schema": SCHEMA,
-        "versions": dict(versions),
-        "model": dict(model),
-        "scheme": scheme,
-        "sparsity": None if sparsity is None else {**sparsity, "mean": _mean_sparsity(blocks)},
-        "activations": activations,
-        "mixed_schemes": list(mixed),
-        "kv_scheme": kv_scheme,
+        "versions": dict(about.versions),
+        "model": dict(about.model),
+        "scheme": about.scheme,
+        "sparsity": None if about.sparsity is None else {**about.sparsity, "mean": _mean_sparsity(blocks)},
+        "activations": about.activations,
+        "mixed_schemes": list(about.mixed),
+        "kv_scheme": about.kv_scheme,
         "bits_per_weight": bits,
         "bit_budget": budget,
         "blocks_dropped": influence,
         "evaluation": [one.to_dict() for one in evaluations],
         "outputs": {name: dict(output) for name, output in outputs.items()},
-        "calibration_tokens": calibration_tokens,
+        "calibration_tokens": about.calibration_tokens,
         "analysis": None if analysis is None else dict(analysis),
         "seconds": round(measured.seconds, 2),
         "seconds_by_kind": {kind: round(spent, 2) for kind, spent in measured.by_kind.items()},
@@ -111,7 +130,7 @@ def make_metrics(
         "experts": [one.to_dict() for one in experts],
         "blocks": [{key: row.get(key) for key in BLOCK_KEYS} for row in blocks],
         "encoder": None if encoder is None else dict(encoder),
-        "config": dict(config),
+        "config": dict(about.config),
     }
 
 

@@ -21,8 +21,8 @@ from llmc.cli import main
 from llmc.config import load_config
 from llmc.export import without_quantization
 from llmc.models import BlockSelection
+from llmc.outputs import stored_config, stored_source
 from llmc.prepare import prepare
-from llmc.run import stored_config, stored_source
 from llmc.stream.headers import read_headers
 
 W4 = {"bit": 4, "symmetric": True, "granularity": "per_group", "group_size": 32}
