@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Case, make_case, write_pieces, write_texts, write_tokenizer
+from cases import Case, files_of, make_case, write_pieces, write_texts, write_tokenizer
+
+from llmc.cli import main
+from llmc.stream.source import BlockSource
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,3 +94,29 @@ def case(source: Path, texts: dict[str, Path], tmp_path: Path) -> Callable[..., 
         return make_case(checkpoint, texts, save_path, method, **changes)
 
     return make
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., str]:
+    """Runs a case that must be refused before a weight is read, and returns the message. Converted
+    checkpoints are kept where the test ends."""
+    monkeypatch.setenv("LLMC_CACHE", str(tmp_path / "cache"))
+
+    def run(case: Case, *overrides: str) -> str:
+        capsys.readouterr()
+        files = {folder: files_of(folder) for folder in (case.source, case.save_path) if folder.is_dir()}
+        existed = case.save_path.exists()
+        with monkeypatch.context() as patch:
+            for name in ("prefetch", "take", "_read"):
+                patch.setattr(BlockSource, name, lambda self, unit: pytest.fail(f"{unit} is read"))
+            code = main([*case.arguments, *(part for text in overrides for part in ("--set", text))])
+        message = capsys.readouterr().err
+        assert code == 2, message
+        assert message.count("error: ") == 1
+        assert "\n  -> " in message  # the remedy
+        assert "Traceback" not in message
+        assert case.save_path.exists() == existed
+        assert files == {folder: files_of(folder) for folder in files}
+        return message
+
+    return run

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_bad_input import contains
-from test_bad_input import refused as refused
+from refusals import contains
 from test_kv_cache import FP8, KIVI, NAIVE
 from transformers import LlamaForCausalLM
 
