@@ -9,6 +9,7 @@ one string without special tokens, and sample i is its tokens [i * seq_len, (i +
   gptq  dampening 0.01, static act-order ("--actorder none" for none); 64 samples, symmetric unless --asym
   awq   scales found by a grid search of 20 points, then round to nearest; 16 samples, asymmetric unless --sym
   rtn, smoothquant    W8A8, a scale for each channel and each token; SmoothQuant 0.5 with 16 samples
+  fp8   weights and activations in FP8 (e4m3), a scale for each channel and each token
   wanda, sparsegpt    two zeros in each run of four; 16 samples
 
 The last line of stdout is one JSON object: ``seconds`` (wall) and ``cpu_seconds`` (user and system, of this process and
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-DEFAULT_SAMPLES = {"gptq": 64, "awq": 16, "rtn": 0, "smoothquant": 16, "wanda": 16, "sparsegpt": 16}
+DEFAULT_SAMPLES = {"gptq": 64, "awq": 16, "rtn": 0, "fp8": 0, "smoothquant": 16, "wanda": 16, "sparsegpt": 16}
 MB = 2**20
 
 
@@ -51,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, in safetensors")
     parser.add_argument("--calib", type=Path, help="text file to calibrate with")
     parser.add_argument("--method", choices=sorted(DEFAULT_SAMPLES), required=True)
-    parser.add_argument("--samples", type=int, help="calibration samples (default: 64 for gptq, none for rtn, else 16)")
+    parser.add_argument("--samples", type=int, help="calibration samples (default: 64 for gptq, none for rtn and fp8, else 16)")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)
@@ -65,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.symmetric = args.method != "awq"
     if args.samples is None:
         args.samples = DEFAULT_SAMPLES[args.method]
-    if args.method != "rtn" and args.calib is None:
+    if args.samples and args.calib is None:
         parser.error(f"--method {args.method} needs --calib")
     return args
 
@@ -105,9 +106,10 @@ def recipe(args: argparse.Namespace) -> list[Any]:
     pruners = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}
     if args.method in pruners:
         return [pruners[args.method](sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["lm_head"])]
-    if args.method in ("rtn", "smoothquant"):
+    presets = {"rtn": "W8A8", "smoothquant": "W8A8", "fp8": "FP8_DYNAMIC"}
+    if args.method in presets:
         smooth = [SmoothQuantModifier(smoothing_strength=0.5)] if args.method == "smoothquant" else []
-        return [*smooth, QuantizationModifier(targets=["Linear"], scheme="W8A8", ignore=["lm_head"])]
+        return [*smooth, QuantizationModifier(targets=["Linear"], scheme=presets[args.method], ignore=["lm_head"])]
     weights = {
         "num_bits": args.bits,
         "type": "int",
@@ -141,9 +143,7 @@ def compress(args: argparse.Namespace, phases: Phases) -> None:
 
         make_pinning_harmless()
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        dataset = None
-        if args.method != "rtn":
-            dataset = calibration_set(tokenizer, args.calib, args.samples, args.seq_len)
+        dataset = calibration_set(tokenizer, args.calib, args.samples, args.seq_len) if args.samples else None
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     with phases.phase("oneshot"):
         oneshot(model=model, recipe=recipe(args), **calibration_options(args, dataset))

@@ -100,11 +100,18 @@ def _two_of_four(method: str) -> dict[str, Any]:
     return {"sparse": {"method": method, "weight": {"sparsity": 0.5, "pattern": "2:4"}}}
 
 
+def _fp8() -> dict[str, Any]:
+    grid = {"bit": "e4m3", "symmetric": True}
+    weight, act = {**grid, "granularity": "per_channel"}, {**grid, "granularity": "per_token"}
+    return {"quant": {"method": "RTN", "weight": weight, "act": act}}
+
+
 _GPTQ = {"actorder": True, "static_groups": True, "percdamp": 0.01, "blocksize": 128, "true_sequential": True}
 SETTINGS = {
     "gptq": Setting(64, _groups("GPTQ", symmetric=True, **_GPTQ), ("--sym",)),
     "awq": Setting(16, _groups("Awq", symmetric=False, weight_clip=True), ("--asym",)),
     "rtn": Setting(0, _w8a8("RTN")),
+    "fp8": Setting(0, _fp8()),
     "smoothquant": Setting(16, _w8a8("SmoothQuant", alpha=0.5)),
     "wanda": Setting(16, _two_of_four("Wanda"), saved="save_fake"),
     "sparsegpt": Setting(16, _two_of_four("SparseGPT"), saved="save_fake"),

@@ -6,10 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..quant import QuantSpec, quantize_weight, to_groups
+from ..quant import QuantSpec, quantize_weight, squared_norm, to_groups
 from ..quant.affine import find_ranges, qparams
 from .base import Algorithm, Needs, Options
-from .stats import relative_error
 from .views import ClipRatios, LayerNote, SubsetView
 
 
@@ -43,7 +42,8 @@ def round_subset(view: SubsetView, why: str | None = None) -> None:
     for name, spec in view.specs.items():
         weight = view.linears[name].weight.detach()
         quantized = quantize_weight(weight, spec, clipped_qparams(weight, spec, view.clips.get(name)))
-        error = relative_error(weight, quantized.dequantize(), None)
+        noise = sum(squared_norm(part.float(), weight[rows]) for rows, part in quantized.dense_strips())
+        error = noise / max(squared_norm(weight), 1e-30)
         view.put(name, quantized, LayerNote(error, fallback=why))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..quant import Accumulator, ActSpec
+from ..quant import Accumulator, ActSpec, squared_norm
 
 _PANEL = 256  # columns of a Gram panel: wide enough for a full-speed product, narrow enough to skip half of the square
 
@@ -160,9 +160,9 @@ class Tokens:
 
 def relative_error(original: Tensor, changed: Tensor, gram: Tensor | None) -> float:
     """``|(W - W')X|² / |WX|²`` from the Gram matrix of the inputs; without one, the same of the weights alone."""
-    delta, reference = changed.float() - original.float(), original.float()
     if gram is None:
-        return float(delta.square().sum() / reference.square().sum().clamp(min=1e-30))
+        return squared_norm(changed, original) / max(squared_norm(original), 1e-30)
+    delta, reference = changed.float() - original.float(), original.float()
     return float(((delta @ gram) * delta).sum() / ((reference @ gram) * reference).sum().clamp(min=1e-30))
 
 

@@ -29,6 +29,7 @@ from .spec import (
     SymMode,
 )
 from .straight import clipped_weight, straight_through
+from .strips import squared_norm
 
 __all__ = [
     "Accumulator",
@@ -83,6 +84,7 @@ __all__ = [
     "prune_mask",
     "quantize",
     "quantize_weight",
+    "squared_norm",
     "static_qparams",
     "straight_through",
     "to_groups",

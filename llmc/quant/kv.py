@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import affine
+from .floats import widened
 from .spec import PerGroup, PerTensor, PerToken, QuantSpec
 
 
@@ -90,7 +91,8 @@ class Fp8Grid:
     def round(self, values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """The nearest values of the grid, float32."""
         largest = torch.finfo(self.dtype).max
-        return (values.float() / scale).clamp_(-largest, largest).to(self.dtype).float().mul_(scale)
+        codes = (values.float() / scale).clamp_(-largest, largest).to(self.dtype)
+        return widened(codes).mul_(scale)
 
 
 KvGrid = IntGrid | Fp8Grid

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .floats import widened
 from .groups import from_groups, to_groups
-from .spec import QuantSpec
+from .spec import PerBlock, PerTensor, QuantSpec
+from .strips import strips
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,24 @@ class QWeight:
         and rounded once; ask for ``scale_dtype: float32`` to lose nothing. With scales of 8 bits the product stays in
         float32, and so does the product with ``spec.exact_product``.
         """
-        return self._exact().to(self.spec.product_dtype).to(dtype)
+        dense = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for rows, part in self.dense_strips():
+            dense[rows] = part
+        return dense
+
+    def dense_strips(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of ``dequantize`` at a time, which they are and their values, in the product's own dtype."""
+        return ((rows, part._exact().to(self.spec.product_dtype)) for rows, part in self.strips())
+
+    def strips(self) -> Iterator[tuple[slice, QWeight]]:
+        """Some rows at a time, which they are and what they hold; square blocks stay whole."""
+        granularity = self.spec.granularity
+        size = granularity.size if isinstance(granularity, PerBlock) else 1
+        for rows in strips(self.codes, size):
+            whole = isinstance(granularity, PerTensor)
+            own = slice(None) if whole else slice(rows.start // size, -(-rows.stop // size))
+            zero = None if self.zero is None else self.zero[own]
+            yield rows, QWeight(self.codes[rows], self.scale[own], zero, self.spec, self.group_index)
 
     def _exact(self) -> Tensor:
         scale, zero = self.scale.float(), None if self.zero is None else self.zero.float()
@@ -63,10 +83,10 @@ class QWeight:
             scale = scale / scale.new_tensor(self.spec.global_scale)
         if self.group_index is not None:
             index = self.group_index.long()
-            values = self.codes.float()
+            values = widened(self.codes)
             values = values if zero is None else values - zero[:, index]
             return values * scale[:, index]
-        values = to_groups(self.codes.float(), self.spec)
+        values = to_groups(widened(self.codes), self.spec)
         if zero is not None:
             values -= zero[..., None]
         return from_groups(values.mul_(scale[..., None]), self.codes.shape, self.spec)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .activations import ActSpec, InputRange, static_qparams
-from .floats import LARGEST
-from .groups import from_groups, to_groups
+from .floats import LARGEST, widened
+from .groups import over_rows
 from .qweight import QWeight
-from .spec import QuantSpec
+from .spec import PerBlock, QuantSpec
 
 _LAST_STEP = {"e4m3": 32.0, "e5m2": 8192.0, "e2m1": 2.0}
 """Between the two largest values of each float grid."""
@@ -18,16 +17,17 @@ _LAST_STEP = {"e4m3": 32.0, "e5m2": 8192.0, "e2m1": 2.0}
 def clipped_share(weight: Tensor, quantized: QWeight) -> float:
     """The share of the values of ``[out, in]`` that lie beyond the ends of their grid by more than half of its last
     step: those that rounding alone doesn't bring there."""
-    return float(_beyond(_in_codes(weight, quantized), quantized.spec).double().mean())
+    beyond = (_beyond(_in_codes(weight[rows], part), part.spec) for rows, part in quantized.strips())
+    return sum(int(one.count_nonzero()) for one in beyond) / weight.numel()
 
 
 def zero_share(quantized: QWeight) -> float:
     """The share of the weights that the codes make 0."""
-    codes = quantized.codes.float()
-    if quantized.zero is None:
-        return float((codes == 0).double().mean())
-    zero = _spread(quantized.zero.float(), quantized)
-    return float((codes == zero).double().mean())
+    others = 0
+    for _, part in quantized.strips():
+        codes = widened(part.codes)
+        others += int((codes if part.zero is None else codes != _spread(part.zero, part)).count_nonzero())
+    return 1 - others / quantized.codes.numel()
 
 
 def clipped_inputs(inputs: Tensor, spec: ActSpec, found: InputRange) -> Tensor:
@@ -59,6 +59,9 @@ def _spread(qparam: Tensor, quantized: QWeight) -> Tensor:
     """Scales or zero points ``[out, groups]``, one for each weight, ``[out, in]``."""
     if quantized.group_index is not None:
         return qparam[:, quantized.group_index.long()]
-    shape = quantized.codes.shape
-    groups = to_groups(torch.zeros(shape, device=qparam.device), quantized.spec)
-    return from_groups(qparam[..., None].expand_as(groups), shape, quantized.spec)
+    shape, spec = quantized.codes.shape, quantized.spec
+    if isinstance(spec.granularity, PerBlock):
+        return over_rows(qparam, shape, spec).repeat_interleave(spec.granularity.size, dim=1)[:, : shape[1]]
+    if qparam.shape[1] == 1:
+        return qparam.expand(shape)
+    return qparam.repeat_interleave(shape[1] // qparam.shape[1], dim=1)

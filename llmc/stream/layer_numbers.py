@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algorithms import SubsetView
 from ..analysis import OutputComparison, Spread, decibels, plain, row_moments
-from ..quant import QWeight, clipped_share, zero_share
+from ..quant import QWeight, clipped_share, squared_norm, zero_share
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def _bits(quantized: QWeight) -> float:
 def _weight_numbers(weight: Tensor, changed: Tensor, quantized: QWeight | None) -> dict[str, Any]:
     rows = row_moments(weight)
     whole = rows.merged(0)
-    noise = float(row_moments(changed.float() - weight.float()).merged(0).energy)
+    noise = squared_norm(changed, weight)
     size = float(whole.energy)
-    zeros = float((changed == 0).double().mean()) if quantized is None else zero_share(quantized)
+    zeros = 1 - int(changed.count_nonzero()) / changed.numel() if quantized is None else zero_share(quantized)
     return {
         "kurtosis": {"tensor": plain(float(whole.kurtosis)), "channel": Spread.of(rows.kurtosis).to_dict()},
         "sqnr_db": plain(decibels(noise / size if size else float("nan"))),
