@@ -52,7 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, in safetensors")
     parser.add_argument("--calib", type=Path, help="text file to calibrate with")
     parser.add_argument("--method", choices=sorted(DEFAULT_SAMPLES), required=True)
-    parser.add_argument("--samples", type=int, help="calibration samples (default: 64 for gptq, none for rtn and fp8, else 16)")
+    parser.add_argument(
+        "--samples", type=int, help="calibration samples (default: 64 for gptq, none for rtn and fp8, else 16)"
+    )
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=64)

@@ -1,4 +1,4 @@
-"""Working on a matrix strip by strip changes nothing, and 8-bit floats that are looked up are what torch makes of them."""
+"""Working on a matrix strip by strip changes nothing; 8-bit floats that are looked up are what torch makes of them."""
 
 from __future__ import annotations
 
