@@ -20,7 +20,7 @@ from .base import Algorithm, Needs, Options
 from .columnwise import Problem, Solution, chunks, solve_all
 from .columnwise import solve as solve
 from .rtn import clipped_qparams, round_subset
-from .stats import relative_error
+from .stats import relative_error, rounding_error
 from .views import LayerNote, SubsetView
 
 
@@ -186,7 +186,7 @@ class _Job:
             if solution is None:
                 quantized = quantize_weight(weight, self.spec, found)
                 why = "the Hessian could not be factored at any damping: rounded to nearest"
-                note = LayerNote(relative_error(weight, quantized.dequantize(), None), fallback=why)
+                note = LayerNote(rounding_error(weight, quantized), fallback=why)
             else:
                 rows = slice(first, first + len(weight))
                 shared = isinstance(self.spec.granularity, PerTensor | PerBlock)

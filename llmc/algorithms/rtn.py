@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..quant import QuantSpec, quantize_weight, squared_norm, to_groups
+from ..quant import QuantSpec, quantize_weight, to_groups
 from ..quant.affine import find_ranges, qparams
 from .base import Algorithm, Needs, Options
+from .stats import rounding_error
 from .views import ClipRatios, LayerNote, SubsetView
 
 
@@ -42,9 +43,7 @@ def round_subset(view: SubsetView, why: str | None = None) -> None:
     for name, spec in view.specs.items():
         weight = view.linears[name].weight.detach()
         quantized = quantize_weight(weight, spec, clipped_qparams(weight, spec, view.clips.get(name)))
-        noise = sum(squared_norm(part.float(), weight[rows]) for rows, part in quantized.dense_strips())
-        error = noise / max(squared_norm(weight), 1e-30)
-        view.put(name, quantized, LayerNote(error, fallback=why))
+        view.put(name, quantized, LayerNote(rounding_error(weight, quantized), fallback=why))
 
 
 def clipped_qparams(weight: Tensor, spec: QuantSpec, clip: ClipRatios | None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..quant import Accumulator, ActSpec, squared_norm
+from ..quant import Accumulator, ActSpec, QWeight, squared_norm
 
 _PANEL = 256  # columns of a Gram panel: wide enough for a full-speed product, narrow enough to skip half of the square
 
@@ -164,6 +164,12 @@ def relative_error(original: Tensor, changed: Tensor, gram: Tensor | None) -> fl
         return squared_norm(changed, original) / max(squared_norm(original), 1e-30)
     delta, reference = changed.float() - original.float(), original.float()
     return float(((delta @ gram) * delta).sum() / ((reference @ gram) * reference).sum().clamp(min=1e-30))
+
+
+def rounding_error(original: Tensor, quantized: QWeight) -> float:
+    """``relative_error`` without a Gram matrix; the rounded weight is never there as a whole."""
+    noise = sum(squared_norm(part.float(), original[rows]) for rows, part in quantized.dense_strips())
+    return noise / max(squared_norm(original), 1e-30)
 
 
 @dataclass(frozen=True)
