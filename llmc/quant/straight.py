@@ -14,6 +14,7 @@ from torch import Tensor
 from .affine import qparams
 from .groups import from_groups, to_groups
 from .spec import QuantSpec
+from .strips import strips
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -46,6 +47,30 @@ class _FakeQuantize(torch.autograd.Function):
         return of_values, of_scale, None, None, None
 
 
+class _Extremes(torch.autograd.Function):
+    """The least and the largest of each of ``[out, groups, group]``; where several are equal, they share a gradient.
+
+    torch's own gradient counts the equal ones as 64-bit integers, which takes several times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, groups: Tensor) -> tuple[Tensor, Tensor]:
+        lo, hi = groups.amin(-1), groups.amax(-1)
+        ctx.save_for_backward(groups, lo, hi)
+        return lo, hi
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        groups, *ends = ctx.saved_tensors
+        total = torch.zeros_like(groups)
+        for rows in strips(groups.flatten(1)):
+            equal = torch.empty_like(groups[rows])
+            for end, grad in zip(ends, grads, strict=True):
+                torch.eq(groups[rows], end[rows, :, None], out=equal)  # 1 or 0
+                total[rows].addcmul_(equal, (grad[rows] / equal.sum(-1))[..., None])
+        return total
+
+
 def clipped_weight(weight: Tensor, spec: QuantSpec, lo_ratio: Tensor, hi_ratio: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight rounded to nearest in shrunken min-max ranges, as ``QWeight.dequantize`` would return it.
 
@@ -59,7 +84,7 @@ def clipped_weight(weight: Tensor, spec: QuantSpec, lo_ratio: Tensor, hi_ratio: 
         dtype: of the result.
     """
     groups = to_groups(weight, spec)
-    lo, hi = groups.aminmax(dim=-1)
+    lo, hi = _Extremes.apply(groups)  # type: ignore[no-untyped-call]
     scale, zero = qparams(lo.clamp(max=0) * lo_ratio, hi.clamp(min=0) * hi_ratio, spec)
     rounded: Tensor = _FakeQuantize.apply(groups, scale[..., None], zero[..., None], spec, dtype)  # type: ignore[no-untyped-call]
     return from_groups(rounded, weight.shape, spec)
