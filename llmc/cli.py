@@ -15,7 +15,7 @@ from .errors import LlmcError
 
 # Between two collections of garbage. Importing makes a million objects that stay: to look at them after every few
 # hundred takes a fifth of the time. A run collects behind every block.
-_NEW_OBJECTS = 50_000
+_NEW_OBJECTS = 1_000_000
 
 _DESCRIPTION = """\
 Make a large language model small without making it worse: calibrate, compress,

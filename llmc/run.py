@@ -31,7 +31,7 @@ from .report.page import finish_report
 from .stream.activations import ActivationStore
 from .stream.files import write_json
 from .stream.headers import headers_digest
-from .stream.memory import give_back_memory, peak_host_memory, share_heap
+from .stream.memory import peak_host_memory, share_heap
 from .stream.options import Batches, EngineOptions, Listener, Silent
 from .stream.source import BlockSource
 from .surveying import host_memory, kept_layers, survey
@@ -94,7 +94,6 @@ def run(prepared: Prepared, listener: Listener, spending: Spending | None = None
     """Do what ``ready`` has checked; ``spending`` is the budget that schemes are chosen out of, if there is one."""
     started = time.perf_counter()
     share_heap()
-    give_back_memory()  # of the tokenizer
     save_path = prepared.config.save.save_path
     with ExitStack() as stack:
         # Without a folder to resume from, a run's state is worth nothing after it.

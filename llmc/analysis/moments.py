@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_AT_ONCE = 2**17  # elements in float64: what fits into a cache
+_AT_ONCE = 2**16  # elements in float64: what fits into a cache
 _RESOLUTION = 2.0**-24  # half of float32's
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ExportError
-from ..quant import UnitRecord
+from ..quant import QWeight, UnitRecord
 from .base import Exporter
 
 
@@ -29,23 +29,38 @@ def check_shard(path: Path, exporter: Exporter, record: UnitRecord, original_nam
     for name, weight in record.quantized.items() if exporter.stores_weights else ():
         own = {key: stored[key] for key in exporter.parts(name, stored)}
         for reader, value in _readings(exporter, own, name):
-            if value.shape != weight.codes.shape or not all(
-                torch.equal(value[rows], part.float().to(value.dtype)) for rows, part in weight.dense_strips()
-            ):
+            if not _reads_as(value, weight):
                 raise ExportError(f"{path}: {name} reads back differently through {reader}", "please report this")
 
 
-def _readings(exporter: Exporter, stored: dict[str, Tensor], name: str) -> Iterator[tuple[str, Tensor]]:
-    """The dense weight by each reader, one at a time: a block's weights needn't be there twice."""
+def _readings(exporter: Exporter, stored: dict[str, Tensor], name: str) -> Iterator[tuple[str, Tensor | QWeight]]:
+    """The weight by each reader, one at a time: a block's weights needn't be there twice."""
     back = exporter.read(stored)
     if name in back.quantized:
-        yield "llmc", back.quantized[name].dequantize()
+        yield "llmc", back.quantized[name]
     elif not exporter.transformed_only:
         yield "llmc", back.plain[f"{name}.weight"]
     del back
     other = exporter.independent(stored, name)
     if other is not None:
         yield "the backend's library", other
+
+
+def _reads_as(value: Tensor | QWeight, weight: QWeight) -> bool:
+    """Whether a reader found the values of a weight. Equal codes with equal scales needn't be multiplied."""
+    if isinstance(value, QWeight):
+        if value.spec == weight.spec and all(map(_equal, value.stored, weight.stored)):
+            return True
+        value = value.dequantize()
+    return value.shape == weight.codes.shape and all(
+        torch.equal(value[rows], part.float().to(value.dtype)) for rows, part in weight.dense_strips()
+    )
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return left.dtype == right.dtype and torch.equal(_comparable(left), _comparable(right))
 
 
 def _same(path: Path, expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .floats import bind_global_scale, nearest, scale_of
-from .groups import from_groups, to_groups
+from .groups import from_groups, group_strips, to_groups
 from .qweight import QWeight
 from .spec import MinMax, Mse, QuantSpec
 
@@ -136,6 +136,9 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Ten
     if spec.is_nvfp4 and spec.global_scale is None:
         spec = bind_global_scale(spec, [weight])
     scale, zero = group_qparams(weight, spec) if qparams_ is None else qparams_
-    groups = to_groups(weight, spec)
-    codes = quantize(groups, scale[..., None], zero[..., None], spec)
-    return QWeight.from_float(from_groups(codes, weight.shape, spec), scale, zero, spec)
+    codes = torch.empty(weight.shape, dtype=spec.code_dtype, device=weight.device)
+    for rows, own in group_strips(weight, spec):
+        part = weight[rows]
+        found = quantize(to_groups(part, spec), scale[own, :, None], zero[own, :, None], spec)
+        codes[rows] = from_groups(found, part.shape, spec).to(spec.code_dtype)
+    return QWeight.from_float(codes, scale, zero, spec)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from .spec import PerBlock, PerTensor, QuantSpec
+from .strips import strips
 
 
 def to_groups(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -38,6 +41,15 @@ def from_groups(groups: Tensor, shape: torch.Size, spec: QuantSpec) -> Tensor:
     size, (down, across, _) = spec.granularity.size, groups.shape
     padded = groups.reshape(down, across, size, size).transpose(1, 2).reshape(down * size, across * size)
     return padded[: shape[0], : shape[1]].contiguous()
+
+
+def group_strips(matrix: Tensor, spec: QuantSpec) -> Iterator[tuple[slice, slice]]:
+    """Some rows of ``[out, in]`` at a time, and which rows of the scales are theirs; square blocks stay whole."""
+    granularity = spec.granularity
+    size = granularity.size if isinstance(granularity, PerBlock) else 1
+    for rows in strips(matrix, size):
+        whole = isinstance(granularity, PerTensor)
+        yield rows, slice(None) if whole else slice(rows.start // size, -(-rows.stop // size))
 
 
 def over_rows(qparam: Tensor, shape: torch.Size, spec: QuantSpec) -> Tensor:

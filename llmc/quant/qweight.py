@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from .floats import widened
-from .groups import from_groups, to_groups
-from .spec import PerBlock, PerTensor, QuantSpec
-from .strips import strips
+from .groups import from_groups, group_strips, to_groups
+from .spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class QWeight:
     def from_float(
         cls, codes: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, group_index: Tensor | None = None
     ) -> QWeight:
-        """Store float codes, scales and zero points (of the grid, scales already rounded) in their own dtypes."""
+        """Store codes, scales and zero points, all float (of the grid, scales already rounded), in their own dtypes."""
         # A product that rounding in float32 put beside the e4m3 number is rounded onto it.
         stored = scale if spec.global_scale is None else scale * scale.new_tensor(spec.global_scale)
         return cls(
@@ -69,11 +68,7 @@ class QWeight:
 
     def strips(self) -> Iterator[tuple[slice, QWeight]]:
         """Some rows at a time, which they are and what they hold; square blocks stay whole."""
-        granularity = self.spec.granularity
-        size = granularity.size if isinstance(granularity, PerBlock) else 1
-        for rows in strips(self.codes, size):
-            whole = isinstance(granularity, PerTensor)
-            own = slice(None) if whole else slice(rows.start // size, -(-rows.stop // size))
+        for rows, own in group_strips(self.codes, self.spec):
             zero = None if self.zero is None else self.zero[own]
             yield rows, QWeight(self.codes[rows], self.scale[own], zero, self.spec, self.group_index)
 
@@ -107,9 +102,14 @@ class QWeight:
             codes, index = codes[:, columns], index[columns]
         return QWeight(codes, scale, zero, self.spec, index)
 
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scales, zero points and the index of the groups."""
+        return self.codes, self.scale, self.zero, self.group_index
+
     def to(self, device: torch.device | str) -> QWeight:
         """The same on another device."""
-        moved = [None if t is None else t.to(device) for t in (self.codes, self.scale, self.zero, self.group_index)]
+        moved = [None if t is None else t.to(device) for t in self.stored]
         codes, scale, zero, index = moved
         if codes is None or scale is None:
             raise ValueError("a quantized weight has codes and scales")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .activations import ActSpec, InputRange, static_qparams
 from .floats import LARGEST, widened
-from .groups import over_rows
+from .groups import over_rows, to_groups
 from .qweight import QWeight
 from .spec import PerBlock, QuantSpec
 
@@ -17,8 +18,23 @@ _LAST_STEP = {"e4m3": 32.0, "e5m2": 8192.0, "e2m1": 2.0}
 def clipped_share(weight: Tensor, quantized: QWeight) -> float:
     """The share of the values of ``[out, in]`` that lie beyond the ends of their grid by more than half of its last
     step: those that rounding alone doesn't bring there."""
-    beyond = (_beyond(_in_codes(weight[rows], part), part.spec) for rows, part in quantized.strips())
-    return sum(int(one.count_nonzero()) for one in beyond) / weight.numel()
+    return sum(_clipped(weight[rows], part) for rows, part in quantized.strips()) / weight.numel()
+
+
+def _clipped(weight: Tensor, quantized: QWeight) -> int:
+    """How many values of a strip."""
+    if quantized.group_index is None:
+        # Mostly none: the ends of the groups tell it, without dividing each value by its scale.
+        groups = to_groups(weight, quantized.spec)
+        if not any(int(_beyond(end, quantized.spec).count_nonzero()) for end in _group_ends(groups, quantized)):
+            return 0
+    return int(_beyond(_in_codes(weight, quantized), quantized.spec).count_nonzero())
+
+
+def _group_ends(groups: Tensor, quantized: QWeight) -> tuple[Tensor, Tensor]:
+    """The least and the largest value of each group, in steps of the grid."""
+    scale, zero = _qparams(quantized)
+    return groups.amin(-1).float() / scale + zero, groups.amax(-1).float() / scale + zero
 
 
 def zero_share(quantized: QWeight) -> float:
@@ -48,11 +64,17 @@ def _beyond(codes: Tensor, spec: QuantSpec) -> Tensor:
 
 def _in_codes(weight: Tensor, quantized: QWeight) -> Tensor:
     """A weight in steps of its grid, before rounding, ``[out, in]`` float32."""
+    scale, zero = _qparams(quantized)
+    codes = weight.float() / _spread(scale, quantized)
+    return codes if quantized.zero is None else codes + _spread(zero, quantized)
+
+
+def _qparams(quantized: QWeight) -> tuple[Tensor, Tensor]:
+    """Scales and zero points ``[out, groups]``, float32."""
     scale = quantized.scale.float()
     if quantized.spec.global_scale is not None:
         scale = scale / scale.new_tensor(quantized.spec.global_scale)
-    codes = weight.float() / _spread(scale, quantized)
-    return codes if quantized.zero is None else codes + _spread(quantized.zero.float(), quantized)
+    return scale, torch.zeros_like(scale) if quantized.zero is None else quantized.zero.float()
 
 
 def _spread(qparam: Tensor, quantized: QWeight) -> Tensor:

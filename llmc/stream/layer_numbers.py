@@ -28,10 +28,11 @@ def layer_numbers(name: str, view: SubsetView, read: ReadInputs) -> dict[str, An
     else that of the sample, else, without one, of the weights alone.
     """
     weight, quantized = view.linears[name].weight.detach(), view.quantized.get(name)
-    changed = view.weights[name] if quantized is None else quantized.dequantize(weight.dtype)
     outputs, note = OutputComparison(), view.notes[name]
-    for exact, rounded in zip(read.exact, read.rounded, strict=True):
-        outputs.products(exact, weight, rounded, changed.to(weight.dtype))
+    if read.exact:
+        changed = view.weights[name].to(weight.dtype) if quantized is None else quantized.dequantize(weight.dtype)
+        for exact, rounded in zip(read.exact, read.rounded, strict=True):
+            outputs.products(exact, weight, rounded, changed)
     own = view.stats.gram is not None and note.fallback is None
     measured = plain(outputs.error)
     return {
@@ -41,7 +42,9 @@ def layer_numbers(name: str, view: SubsetView, read: ReadInputs) -> dict[str, An
         "sqnr_db": plain(decibels(outputs.error)),
         "sample_tokens": sum(len(piece) for piece in read.exact),
         "bits": None if quantized is None else _bits(quantized),
-        "weight": _weight_numbers(weight, changed, quantized),
+        "weight": _numbers_of_pruned(weight, view.weights[name])
+        if quantized is None
+        else _numbers_of_codes(weight, quantized),
     }
 
 
@@ -50,15 +53,23 @@ def _bits(quantized: QWeight) -> float:
     return quantized.spec.stored_bits(weights, quantized.scale.numel()) / weights
 
 
-def _weight_numbers(weight: Tensor, changed: Tensor, quantized: QWeight | None) -> dict[str, Any]:
+def _numbers_of_pruned(weight: Tensor, pruned: Tensor) -> dict[str, Any]:
+    zeros = 1 - int(pruned.count_nonzero()) / pruned.numel()
+    return _weight_numbers(weight, squared_norm(pruned, weight), None, zeros)
+
+
+def _numbers_of_codes(weight: Tensor, quantized: QWeight) -> dict[str, Any]:
+    noise = sum(squared_norm(part.to(weight.dtype), weight[rows]) for rows, part in quantized.dense_strips())
+    return _weight_numbers(weight, noise, clipped_share(weight, quantized), zero_share(quantized))
+
+
+def _weight_numbers(weight: Tensor, noise: float, clipped: float | None, zeros: float) -> dict[str, Any]:
     rows = row_moments(weight)
     whole = rows.merged(0)
-    noise = squared_norm(changed, weight)
     size = float(whole.energy)
-    zeros = 1 - int(changed.count_nonzero()) / changed.numel() if quantized is None else zero_share(quantized)
     return {
         "kurtosis": {"tensor": plain(float(whole.kurtosis)), "channel": Spread.of(rows.kurtosis).to_dict()},
         "sqnr_db": plain(decibels(noise / size if size else float("nan"))),
-        "clipped": None if quantized is None else plain(clipped_share(weight, quantized)),
+        "clipped": None if clipped is None else plain(clipped),
         "zeros": plain(zeros),
     }

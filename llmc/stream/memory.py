@@ -12,9 +12,11 @@ from mmap import mmap
 import torch
 from torch import Tensor
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD = -1  # malloc.h
+_M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _MOST = 2**25  # what the threshold rises to by itself, and the most it may be
+_KEPT = 2**24  # what may stay free at the heap's end
 
 
 def _allocator() -> ctypes.CDLL | None:
@@ -30,14 +32,19 @@ def trim_heap() -> None:
     """Return the holes in the C library's heap. What is freed between tensors that are kept isn't reused for larger
     ones: without this, a block's peak would be a third above what it holds."""
     if (allocator := _allocator()) is not None:
-        allocator.malloc_trim(0)
+        allocator.malloc_trim(_KEPT)
 
 
 def share_heap() -> None:
     """Let new threads allocate from the one heap. Weights are placed by threads that come and go; a heap for each would
-    keep holes of its own, as many as happened to be made."""
+    keep holes of its own, as many as happened to be made.
+
+    A little of what is freed stays: to whoever works strip by strip the same pages come back, where the system would
+    zero them for each.
+    """
     if (allocator := _allocator()) is not None:
         allocator.mallopt(_M_ARENA_MAX, 1)
+        allocator.mallopt(_M_TRIM_THRESHOLD, _KEPT)
 
 
 @contextmanager
@@ -90,8 +97,9 @@ def short_collections() -> Iterator[None]:
     """Within the context ``give_back_memory`` doesn't look at the objects that are there now.
 
     Those are modules and classes by the hundred thousand: they stay anyway, and looking at them takes 0.2 s each time.
+    What nobody needs any more, a tokenizer say, goes first.
     """
-    gc.collect()
+    give_back_memory()
     gc.freeze()
     try:
         yield
