@@ -41,7 +41,7 @@ def zero_share(quantized: QWeight) -> float:
     """The share of the weights that the codes make 0."""
     others = 0
     for _, part in quantized.strips():
-        codes = widened(part.codes)
+        codes = part.codes if part.spec.grid == "int" else widened(part.codes)
         others += int((codes if part.zero is None else codes != _spread(part.zero, part)).count_nonzero())
     return 1 - others / quantized.codes.numel()
 

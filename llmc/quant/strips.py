@@ -23,11 +23,11 @@ def strips(matrix: Tensor, together: int = 1) -> Iterator[slice]:
 
 
 def squared_norm(matrix: Tensor, other: Tensor | None = None) -> float:
-    """The sum of the squares of ``[rows, columns]``, or of its difference from another one; squares in float32, sums in
-    float64."""
+    """The sum of the squares of ``[rows, columns]``, or of its difference from another one. Squares and sums of rows
+    are float32, the sum of these is float64."""
     total = torch.zeros((), dtype=torch.float64, device=matrix.device)
     for rows in strips(matrix):
         part = matrix[rows].float()
         part = part.square() if other is None else (part - other[rows].float()).square_()
-        total += part.sum(dtype=torch.float64)
+        total += part.sum(-1).sum(dtype=torch.float64)
     return float(total)

@@ -35,16 +35,16 @@ def layer_numbers(name: str, view: SubsetView, read: ReadInputs) -> dict[str, An
             outputs.products(exact, weight, rounded, changed)
     own = view.stats.gram is not None and note.fallback is None
     measured = plain(outputs.error)
+    of = "calibration" if own else "weights" if measured is None else "sample"
+    known = note.error if of == "weights" and quantized is not None else None
     return {
         "error": note.error if own or measured is None else measured,
-        "error_of": "calibration" if own else "weights" if measured is None else "sample",
+        "error_of": of,
         "cosine": plain(outputs.cosine),
         "sqnr_db": plain(decibels(outputs.error)),
         "sample_tokens": sum(len(piece) for piece in read.exact),
         "bits": None if quantized is None else _bits(quantized),
-        "weight": _numbers_of_pruned(weight, view.weights[name])
-        if quantized is None
-        else _numbers_of_codes(weight, quantized),
+        "weight": _weight_numbers(weight, view.weights[name] if quantized is None else quantized, known),
     }
 
 
@@ -53,23 +53,26 @@ def _bits(quantized: QWeight) -> float:
     return quantized.spec.stored_bits(weights, quantized.scale.numel()) / weights
 
 
-def _numbers_of_pruned(weight: Tensor, pruned: Tensor) -> dict[str, Any]:
-    zeros = 1 - int(pruned.count_nonzero()) / pruned.numel()
-    return _weight_numbers(weight, squared_norm(pruned, weight), None, zeros)
-
-
-def _numbers_of_codes(weight: Tensor, quantized: QWeight) -> dict[str, Any]:
-    noise = sum(squared_norm(part.to(weight.dtype), weight[rows]) for rows, part in quantized.dense_strips())
-    return _weight_numbers(weight, noise, clipped_share(weight, quantized), zero_share(quantized))
-
-
-def _weight_numbers(weight: Tensor, noise: float, clipped: float | None, zeros: float) -> dict[str, Any]:
+def _weight_numbers(weight: Tensor, changed: Tensor | QWeight, error: float | None) -> dict[str, Any]:
+    """Of a weight and what became of it; ``error`` is its relative error, if that is known."""
     rows = row_moments(weight)
     whole = rows.merged(0)
     size = float(whole.energy)
+    if error is None:
+        error = _noise(weight, changed) / size if size else float("nan")
+    if isinstance(changed, QWeight):
+        clipped, zeros = plain(clipped_share(weight, changed)), zero_share(changed)
+    else:
+        clipped, zeros = None, 1 - int(changed.count_nonzero()) / changed.numel()
     return {
         "kurtosis": {"tensor": plain(float(whole.kurtosis)), "channel": Spread.of(rows.kurtosis).to_dict()},
-        "sqnr_db": plain(decibels(noise / size if size else float("nan"))),
-        "clipped": None if clipped is None else plain(clipped),
+        "sqnr_db": plain(decibels(error)),
+        "clipped": clipped,
         "zeros": plain(zeros),
     }
+
+
+def _noise(weight: Tensor, changed: Tensor | QWeight) -> float:
+    if isinstance(changed, Tensor):
+        return squared_norm(changed, weight)
+    return sum(squared_norm(part.to(weight.dtype), weight[rows]) for rows, part in changed.dense_strips())

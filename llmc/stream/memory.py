@@ -63,7 +63,7 @@ def unheaped() -> Iterator[None]:
         yield
     finally:
         allocator.mallopt(_M_MMAP_THRESHOLD, _MOST)
-        allocator.malloc_trim(0)
+        allocator.malloc_trim(_KEPT)
 
 
 def own_memory(size: int) -> Tensor:
