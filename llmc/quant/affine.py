@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .floats import bind_global_scale, nearest, scale_of
+from .floats import bind_global_scale, nearest, nearest_codes, scale_of
 from .groups import from_groups, group_strips, to_groups
 from .qweight import QWeight
 from .spec import MinMax, Mse, QuantSpec
@@ -80,6 +80,13 @@ def quantize(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Te
     return (values.float() / scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
 
 
+def _codes(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """The same as they are stored."""
+    if spec.grid in ("e4m3", "e5m2"):
+        return nearest_codes(values.float() / scale, spec.grid)
+    return quantize(values, scale, zero, spec).to(spec.code_dtype)
+
+
 def fake_quantize(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """``(codes - zero) * scale``: the values that the grid can express, in float32."""
     return quantize(values, scale, zero, spec).sub_(zero).mul_(scale)
@@ -139,6 +146,6 @@ def quantize_weight(weight: Tensor, spec: QuantSpec, qparams_: tuple[Tensor, Ten
     codes = torch.empty(weight.shape, dtype=spec.code_dtype, device=weight.device)
     for rows, own in group_strips(weight, spec):
         part = weight[rows]
-        found = quantize(to_groups(part, spec), scale[own, :, None], zero[own, :, None], spec)
-        codes[rows] = from_groups(found, part.shape, spec).to(spec.code_dtype)
+        found = _codes(to_groups(part, spec), scale[own, :, None], zero[own, :, None], spec)
+        codes[rows] = from_groups(found, part.shape, spec)
     return QWeight.from_float(codes, scale, zero, spec)

@@ -31,14 +31,18 @@ def nearest(values: Tensor, grid: Grid) -> Tensor:
         values: any shape and float dtype.
         grid: one of ``LARGEST``.
     """
-    largest = LARGEST[grid]
-    clamped = values.float().clamp(-largest, largest)
     if grid in _CASTS:
-        return widened(clamped.to(_CASTS[grid]))
+        return widened(nearest_codes(values, grid))
+    clamped = values.float().clamp(-LARGEST[grid], LARGEST[grid])
     magnitude = clamped.abs()
     # Neighbours are 0.5 apart below 2, 1 below 4, then 2. Half of an even number of steps is rounded to even.
     step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
     return torch.copysign((magnitude / step).round_() * step, clamped)
+
+
+def nearest_codes(values: Tensor, grid: Grid) -> Tensor:
+    """The same of ``e4m3`` or ``e5m2``, in that dtype."""
+    return values.float().clamp(-LARGEST[grid], LARGEST[grid]).to(_CASTS[grid])
 
 
 def widened(codes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .activations import ActSpec, InputRange, static_qparams
-from .floats import LARGEST, widened
+from .floats import LARGEST
 from .groups import over_rows, to_groups
 from .qweight import QWeight
 from .spec import PerBlock, QuantSpec
@@ -41,7 +41,8 @@ def zero_share(quantized: QWeight) -> float:
     """The share of the weights that the codes make 0."""
     others = 0
     for _, part in quantized.strips():
-        codes = part.codes if part.spec.grid == "int" else widened(part.codes)
+        # Floats as bytes without their sign: whatever isn't +0 or -0 isn't 0.
+        codes = part.codes if part.spec.grid == "int" else part.codes.view(torch.uint8) & 0x7F
         others += int((codes if part.zero is None else codes != _spread(part.zero, part)).count_nonzero())
     return 1 - others / quantized.codes.numel()
 
