@@ -30,6 +30,7 @@ SPECS = [
     QuantSpec(4, symmetric=False, granularity=PerGroup(8), scale_dtype=torch.bfloat16),
     QuantSpec(3, symmetric=True, granularity=PerChannel(), sym_mode="gptq"),
     QuantSpec(8, symmetric=True, granularity=PerTensor()),
+    QuantSpec(4, symmetric=True, granularity=PerGroup(16), sym_mode="full"),  # scales of either sign
     QuantSpec.floating("e4m3", PerBlock(16)),
     QuantSpec.floating("e2m1", PerGroup(16), scale_dtype=torch.float8_e4m3fn),
 ]
@@ -62,6 +63,7 @@ def test_a_clipped_weight_is_farther_from_its_code_than_rounding_brings_it(spec,
         replace(exact, codes=torch.full_like(quantized.codes.float(), end).to(quantized.codes.dtype)).dequantize()
         for end in ends
     )
+    lo, hi = torch.minimum(lo, hi), torch.maximum(lo, hi)
     unit = (hi - lo) / (ends[1] - ends[0]) * step / 2
     for value, low, high, half in zip(*(t.flatten().tolist() for t in (values, lo, hi, unit)), strict=True):
         beyond += value > high + half or value < low - half

@@ -130,6 +130,31 @@ def test_gradients_are_finite_differences_of_the_unrounded_grid(name):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_equal_extremes_share_a_gradient_as_those_of_torch_do(name):
+    spec = SPECS[name]
+    weight, lo, hi = example(spec)
+    weight = weight.round()  # most groups have several smallest and largest values
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    leaves = [tensor.clone().requires_grad_() for tensor in (weight, lo, hi)]
+    found = torch.autograd.grad((clipped_weight(leaves[0], spec, *leaves[1:], torch.float32) * direction).sum(), leaves)
+    # The same by what torch makes of the extremes, of the scale, and of the codes held fixed.
+    groups = to_groups(leaves[0], spec)
+    ends = groups.amin(-1), groups.amax(-1)
+    assert (groups == ends[0][..., None]).sum(-1).max() > 1
+    scale, zero = (
+        part[..., None] for part in qparams(ends[0].clamp(max=0) * leaves[1], ends[1].clamp(min=0) * leaves[2], spec)
+    )
+    with torch.no_grad():
+        unbounded = (groups / scale).round() + zero
+        codes = unbounded.clamp(spec.qmin, spec.qmax)
+        error = unbounded - zero - groups / scale
+    rounded = torch.where(unbounded == codes, (groups / scale + error) * scale, (codes - zero.detach()) * scale)
+    expected = torch.autograd.grad((rounded * to_groups(direction, spec)).sum(), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_pass_a_rounded_input_and_only_where_they_are_wanted():
     spec = ActSpec(QuantSpec(4, True, PerToken()))
     first, second = nn.Linear(COLUMNS, 3), nn.Linear(COLUMNS, 3)
