@@ -12,6 +12,7 @@ other people's work inflates CPU seconds too, and not by the same factor on both
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import shlex
 import statistics
@@ -27,6 +28,7 @@ from typing import Any
 import yaml
 
 PEER_SCRIPT = Path(__file__).with_name("peer_llmcompressor.py")
+PACKAGE = Path(__file__).parents[1] / "llmc"
 LOG_TAIL = 3000
 QUIET_LOAD = 0.5
 MB = 2**20
@@ -229,6 +231,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     warn_if_busy()
+    compileall.compile_dir(PACKAGE, quiet=1)  # as pip does with what it installs, so the peer's modules are compiled
     try:
         usages = run_rounds(args)
     except CommandFailed as error:

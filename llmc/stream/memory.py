@@ -7,7 +7,9 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from mmap import mmap
+from dataclasses import dataclass
+from mmap import PAGESIZE, mmap
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +18,21 @@ _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _MOST = 2**25  # what the threshold rises to by itself, and the most it may be
-_KEPT = 2**24  # what may stay free at the heap's end
+_KEPT = 2**25  # what may stay free in the heap
+
+
+class _MallInfo2(ctypes.Structure):
+    """What glibc tells of its heap, in bytes (mallinfo(3))."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks")),
+        ("hblkhd", ctypes.c_size_t),  # mapped apart, for what is large
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks")),
+        ("uordblks", ctypes.c_size_t),  # the heap's chunks in use
+        *((name, ctypes.c_size_t) for name in ("fordblks", "keepcost")),
+    )
+    hblkhd: int
+    uordblks: int
 
 
 def _allocator() -> ctypes.CDLL | None:
@@ -28,11 +44,44 @@ def _allocator() -> ctypes.CDLL | None:
     return None
 
 
+def _not_in_use(allocator: ctypes.CDLL) -> int | None:
+    """Resident bytes that nobody got from the C library: its holes, and what doesn't come from it at all, which is
+    modules, mapped files and `own_memory`."""
+    try:
+        tell = allocator.mallinfo2  # since glibc 2.33
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (AttributeError, OSError):
+        return None
+    tell.restype = _MallInfo2
+    told: _MallInfo2 = tell()
+    return pages * PAGESIZE - told.uordblks - told.hblkhd
+
+
+@dataclass
+class _Holes:
+    """Whether the heap has holes that are worth returning."""
+
+    least: int = 0
+
+    def return_them(self, allocator: ctypes.CDLL) -> None:
+        """Trim the heap, if holes have grown by more than may stay free. Pages that come back are zeroed again, which
+        takes as long as the work of a simple rounding does."""
+        now = _not_in_use(allocator)
+        if now is not None and now - self.least <= _KEPT:
+            self.least = min(self.least, now)
+            return
+        allocator.malloc_trim(_KEPT)
+        self.least = _not_in_use(allocator) or 0
+
+
+_holes = _Holes()
+
+
 def trim_heap() -> None:
     """Return the holes in the C library's heap. What is freed between tensors that are kept isn't reused for larger
     ones: without this, a block's peak would be a third above what it holds."""
     if (allocator := _allocator()) is not None:
-        allocator.malloc_trim(_KEPT)
+        _holes.return_them(allocator)
 
 
 def share_heap() -> None:
@@ -63,7 +112,7 @@ def unheaped() -> Iterator[None]:
         yield
     finally:
         allocator.mallopt(_M_MMAP_THRESHOLD, _MOST)
-        allocator.malloc_trim(_KEPT)
+        _holes.return_them(allocator)
 
 
 def own_memory(size: int) -> Tensor:
