@@ -21,20 +21,6 @@ _MOST = 2**25  # what the threshold rises to by itself, and the most it may be
 _KEPT = 2**25  # what may stay free in the heap
 
 
-class _MallInfo2(ctypes.Structure):
-    """What glibc tells of its heap, in bytes (mallinfo(3))."""
-
-    _fields_ = (
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks")),
-        ("hblkhd", ctypes.c_size_t),  # mapped apart, for what is large
-        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks")),
-        ("uordblks", ctypes.c_size_t),  # the heap's chunks in use
-        *((name, ctypes.c_size_t) for name in ("fordblks", "keepcost")),
-    )
-    hblkhd: int
-    uordblks: int
-
-
 def _allocator() -> ctypes.CDLL | None:
     """glibc, if that's the C library."""
     with suppress(OSError, AttributeError):
@@ -44,34 +30,29 @@ def _allocator() -> ctypes.CDLL | None:
     return None
 
 
-def _not_in_use(allocator: ctypes.CDLL) -> int | None:
-    """Resident bytes that nobody got from the C library: its holes, and what doesn't come from it at all, which is
-    modules, mapped files and `own_memory`."""
+def _resident() -> int | None:
+    """Bytes of this process that are in memory; None where nobody tells."""
     try:
-        tell = allocator.mallinfo2  # since glibc 2.33
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (AttributeError, OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE
+    except OSError:
         return None
-    tell.restype = _MallInfo2
-    told: _MallInfo2 = tell()
-    return pages * PAGESIZE - told.uordblks - told.hblkhd
 
 
 @dataclass
 class _Holes:
-    """Whether the heap has holes that are worth returning."""
+    """Whether the heap can have holes that are worth returning."""
 
     least: int = 0
 
     def return_them(self, allocator: ctypes.CDLL) -> None:
-        """Trim the heap, if holes have grown by more than may stay free. Pages that come back are zeroed again, which
-        takes as long as the work of a simple rounding does."""
-        now = _not_in_use(allocator)
+        """Trim the heap, if the process has grown by more than may stay free since it was smallest or trimmed. Pages
+        that come back are zeroed again, which takes as long as the work of a simple rounding does."""
+        now = _resident()
         if now is not None and now - self.least <= _KEPT:
             self.least = min(self.least, now)
             return
         allocator.malloc_trim(_KEPT)
-        self.least = _not_in_use(allocator) or 0
+        self.least = _resident() or 0
 
 
 _holes = _Holes()

@@ -84,9 +84,9 @@ print(first, faults() - start)
     assert later < 400  # 20 times 960 pages, had they been returned
 
 
-def test_a_c_library_that_tells_nothing_has_its_heap_trimmed_each_time() -> None:
+def test_a_system_that_tells_nothing_has_its_heap_trimmed_each_time() -> None:
     before, after = _told("""
-memory._not_in_use = lambda allocator: None
+memory._resident = lambda: None
 kept = holes(16 * MB)
 before = resident()
 memory.trim_heap()
