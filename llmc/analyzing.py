@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .prepare import Prepared
 
 _TOGETHER = 2048  # tokens in a batch
+_SHARE, _FEWEST, _MOST = 16, 512, 2048
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,18 @@ def analysis_sample(
     """The first tokens of the calibration text, or else of the first evaluation's; none where nobody looks."""
     if not report.analysis or not recipe.steps:
         return Sample()
-    if calib:
-        return Sample("calibration", first_tokens(calib, report.tokens))
-    if evaluations:
-        return Sample("evaluation", first_tokens([Batch(evaluations[0].windows.tokens)], report.tokens))
-    return Sample()
+    text = calib or [Batch(one.windows.tokens) for one in evaluations[:1]]
+    if not text:
+        return Sample()
+    return Sample("calibration" if calib else "evaluation", first_tokens(text, sample_size(report, text)))
+
+
+def sample_size(report: ReportConfig, text: Sequence[Batch]) -> int:
+    """How many tokens of a text are looked at. They pass a block three times and each Linear twice more, so this is few
+    beside what a calibration sends through it."""
+    if report.tokens is not None:
+        return report.tokens
+    return min(max(sum(batch.tokens.numel() for batch in text) // _SHARE, _FEWEST), _MOST)
 
 
 def first_tokens(batches: Sequence[Batch], count: int) -> list[Batch]:

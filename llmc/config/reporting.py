@@ -15,7 +15,11 @@ class ReportConfig(Section):
 
     html: bool = Field(True, description="Write report.html beside metrics.json.")
     analysis: bool = Field(True, description="Look at each layer: errors, kurtosis, outlier channels, clipping.")
-    tokens: int = Field(2048, ge=2, description="Tokens of the calibration text, or else of the evaluation's, for it.")
+    tokens: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of the calibration text, or else of the evaluation's, for it; None: 1 of 16, 512 to 2048.",
+    )
     surfaces: Literal["auto"] | forms.BlockIds = Field(
         "auto",
         description="Numbers of the blocks whose inputs surfaces.safetensors shows, or ranges such as 0-3; auto: the "
