@@ -17,11 +17,11 @@ def sorted_by_hand(scores: list[float], count: int) -> list[bool]:
     return [index in first for index in range(len(scores))]
 
 
-@given(
-    rows=st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=1, max_size=5),
-    count=st.integers(0, 6),
-)
-def test_the_lowest_of_each_row_and_of_equal_ones_the_first(rows, count):
+@pytest.mark.parametrize("length", [1, 4, 8, 9, 20])  # up to 8 are compared pair by pair, more are selected
+@given(data=st.data())
+def test_the_lowest_of_each_row_and_of_equal_ones_the_first(length, data):
+    row = st.lists(st.integers(0, 4), min_size=length, max_size=length)
+    rows, count = data.draw(st.lists(row, min_size=1, max_size=5)), data.draw(st.integers(0, length))
     found = lowest(torch.tensor(rows, dtype=torch.float32), count)
     assert found.tolist() == [sorted_by_hand(row, count) for row in rows]
 
