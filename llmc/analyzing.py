@@ -59,8 +59,8 @@ def analysis_sample(
 
 
 def sample_size(report: ReportConfig, text: Sequence[Batch]) -> int:
-    """How many tokens of a text are looked at. They pass a block three times and each Linear twice more, so this is few
-    beside what a calibration sends through it."""
+    """How many tokens of a text are looked at. They pass a block three times and each Linear twice more, so from 8192
+    tokens on this is few beside what a calibration sends through it."""
     if report.tokens is not None:
         return report.tokens
     return min(max(sum(batch.tokens.numel() for batch in text) // _SHARE, _FEWEST), _MOST)
